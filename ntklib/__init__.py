@@ -1,0 +1,40 @@
+"""Dynamics of the empirical neural tangent kernel of finite-width networks.
+
+Importing the package imports no torch; public names load their module when first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ntklib.chapters": ["Chapter"],
+    "ntklib.claims": ["Measured", "Verdicts", "over_seeds"],
+    "ntklib.estimators": ["TraceEstimate", "ntk_trace"],
+    "ntklib.functional": ["functional_model"],
+    "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_diagonal"],
+    "ntklib.linearized": ["constant_kernel_flow"],
+    "ntklib.models": ["calibrate_batch_norm"],
+    "ntklib.runs": ["Run", "RunResult", "combine"],
+    "ntklib.settings": ["FullBatchSettings", "SupervisedSettings"],
+    "ntklib.similarity": ["kernel_angle", "kernel_distance"],
+    "ntklib.sweeps": ["sweep"],
+    "ntklib.training": ["accuracy", "gradient_descent", "parameter_norm", "sgd"],
+}
+_MODULES = ("data", "models", "plots")
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return import_module(f"ntklib.{name}")
+    msg = f"module 'ntklib' has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,130 @@
+"""Command line: run chapters, build the book, print the ledger, list data."""
+
+import json
+import math
+import os
+import sys
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+
+from ntklib import chapters
+
+PRESET = click.option("--preset", default="default", show_default=True, help=f"One of: {', '.join(chapters.PRESETS)}.")
+JOBS = click.option("-j", "--jobs", default=min(2, os.cpu_count() or 1), show_default=True, help="Chapters at a time.")
+FORCE = click.option("--force", is_flag=True, help="Execute even what is up to date (cached runs are still found).")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ntklib")
+def cli() -> None:
+    """Reproduce the dynamics of empirical neural tangent kernels."""
+
+
+@cli.command()
+@click.argument("chapter")
+@PRESET
+@FORCE
+@click.option("-p", "--parameter", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Change a parameter.")
+def run(chapter: str, preset: str, force: bool, parameters: tuple[tuple[str, str], ...]) -> None:
+    """Execute one CHAPTER through papermill."""
+    from ntklib import runner
+
+    overrides = {name: _value(value) for name, value in parameters}
+    task = runner.make_task(chapter, preset, overrides)
+    if runner.run([task], force=force):
+        sys.exit(1)
+
+
+@cli.command("run-all")
+@PRESET
+@JOBS
+@FORCE
+def run_all(preset: str, jobs: int, force: bool) -> None:
+    """Execute all chapters that are out of date."""
+    from ntklib import book, runner
+
+    tasks = [runner.make_task(chapter, preset) for chapter in book.contents()]
+    if runner.run(tasks, jobs=jobs, force=force):
+        sys.exit(1)
+
+
+@cli.command("book")
+@PRESET
+@JOBS
+def build_book(preset: str, jobs: int) -> None:
+    """Execute what is out of date and build the HTML pages."""
+    from ntklib import book
+
+    page = book.run_and_build(preset, jobs, Console(stderr=True))
+    click.echo(f"The book is built. Open {page.as_uri()}")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+def claims(as_json: bool) -> None:
+    """Print the claims ledger; exit status 1 when an identity fails."""
+    from ntklib import claims as ledger_module
+
+    entries = ledger_module.ledger()
+    if as_json:
+        click.echo(json.dumps(_finite(entries), indent=1, allow_nan=False))
+    else:
+        for e in entries:
+            measured = ledger_module.Measured(e["value"], e["sem"]) if e["value"] is not None else None
+            shown = f"{ledger_module.number(measured)} ({e['threshold']}; {e['seeds']} seed(s))" if measured else ""
+            click.echo(f"{e['id']:4} {e['verdict']:12} {shown:60} {e['chapter']}")
+    if any(e["verdict"] == ledger_module.FAILS and e["kind"] == "identity" for e in entries):
+        sys.exit(1)
+
+
+@cli.command()
+def data() -> None:
+    """List the datasets and whether their files are there."""
+    from ntklib import data as datasets
+
+    for name in datasets.NAMES:
+        places = datasets.locate(name)
+        absent = f"absent; looked in {' and '.join(map(str, places))}"
+        state = "carried by a package" if not places else next((f"in {p}" for p in places if p.exists()), absent)
+        click.echo(f"{name:14} {state}")
+
+
+def _value(text: str) -> Any:
+    """Read a value as YAML: 64, 0.05, true, [1, 2], cifar10; 1e-3 is a number too, which YAML 1.1 takes for text."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _finite(value: Any) -> Any:
+    """The same structure with null for numbers that are not finite, which JSON lacks."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main() -> None:
+    """Run the command line; expected mistakes end with one sentence and status 2, failures of work with status 1."""
+    from ntklib.book import BuildError
+
+    try:
+        cli(standalone_mode=True)
+    except (chapters.ParameterError, FileNotFoundError) as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except BuildError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

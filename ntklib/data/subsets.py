@@ -1,0 +1,42 @@
+"""Seeded class-balanced subsets."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ntklib.random import stream
+
+
+def balanced_indices(y: Int[Tensor, " n"], num: int, generator: torch.Generator) -> Int[Tensor, " num"]:
+    """Draw ``num`` distinct indices, as many of each class as the data allow.
+
+    Classes take turns, each in a random order of its examples, so the counts differ by at most one until a class is used up.
+
+    Args:
+        y: Labels, ``[n]``.
+        num: How many indices, 1..n.
+        generator: CPU generator.
+
+    Raises:
+        ValueError: If ``num`` is not in 1..n.
+    """
+    if not 1 <= num <= len(y):
+        msg = f"The number of examples must be between 1 and the {len(y)} there are. Got {num}."
+        raise ValueError(msg)
+    order = torch.randperm(len(y), generator=generator)
+    labels = y.cpu()[order]
+    turn = torch.zeros(len(y), dtype=torch.long)
+    for label in labels.unique():
+        mine = (labels == label).nonzero().squeeze(1)
+        turn[mine] = torch.arange(len(mine))
+    return order[torch.argsort(turn, stable=True)[:num]]
+
+
+def probe_set(x: Tensor, y: Int[Tensor, " n"], num: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return a fixed class-balanced sample ``(x, y)`` of ``num`` examples, on which kernels are measured along training.
+
+    Raises:
+        ValueError: If ``num`` is larger than the data.
+    """
+    index = balanced_indices(y, num, stream(seed, "probe")).to(x.device)
+    return x[index], y[index]

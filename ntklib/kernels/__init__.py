@@ -1,0 +1,5 @@
+"""Empirical neural tangent kernels of finite-width networks."""
+
+from ntklib.kernels.empirical import empirical_ntk, flatten_kernel, ntk_diagonal
+
+__all__ = ["empirical_ntk", "flatten_kernel", "ntk_diagonal"]

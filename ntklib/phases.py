@@ -1,0 +1,59 @@
+"""When a curve rises and when it has come to rest."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import linregress, spearmanr
+
+
+@dataclass(frozen=True)
+class RiseAndPlateau:
+    """How a positive quantity behaves before and after the training accuracy has reached its maximum.
+
+    Attributes:
+        t_star: First epoch whose accuracy is within ``slack`` of the maximum.
+        spearman: Rank correlation of quantity and epoch up to and including ``t_star``; nan with fewer than three points.
+        slope_before: Mean slope of the logarithm from the first epoch to ``t_star``, per epoch.
+        slope_after: Least-squares slope of the logarithm from ``t_star`` on, per epoch; nan with fewer than three points.
+    """
+
+    t_star: float
+    spearman: float
+    slope_before: float
+    slope_after: float
+
+    @property
+    def slope_ratio(self) -> float:
+        """|slope after| / |slope before|: near 0 for a plateau."""
+        return abs(self.slope_after) / abs(self.slope_before) if self.slope_before else math.nan
+
+
+def rise_and_plateau(
+    epoch: Sequence[float], value: Sequence[float], accuracy: Sequence[float], slack: float = 0.005
+) -> RiseAndPlateau:
+    """Measure rise and plateau of ``value`` around the first epoch whose ``accuracy`` is within ``slack`` of its maximum.
+
+    Args:
+        epoch: Ascending times.
+        value: Positive quantity at these times.
+        accuracy: Training accuracy at these times, a fraction.
+        slack: Fraction below the maximum that counts as the maximum.
+
+    Raises:
+        ValueError: If lengths differ or a value is not positive and finite.
+    """
+    t, v, a = (np.asarray(s, dtype=float) for s in (epoch, value, accuracy))
+    if not len(t) == len(v) == len(a) > 1:
+        msg = f"epoch, value and accuracy must have the same length, at least 2. Got {len(t)}, {len(v)} and {len(a)}."
+        raise ValueError(msg)
+    if not (np.isfinite(v) & (v > 0)).all():
+        msg = f"value must be positive and finite. Got {v[~(np.isfinite(v) & (v > 0))][0]}."
+        raise ValueError(msg)
+    star = int(np.argmax(a >= a.max() - slack))
+    before, after = slice(0, star + 1), slice(star, None)
+    spearman = float(spearmanr(t[before], v[before]).statistic) if star >= 2 else math.nan
+    rise = float(np.log(v[star] / v[0]) / (t[star] - t[0])) if star else math.nan
+    rest = float(linregress(t[after], np.log(v[after])).slope) if len(t) - star >= 3 else math.nan
+    return RiseAndPlateau(float(t[star]), spearman, rise, rest)

@@ -1,0 +1,107 @@
+"""Figures: functions from axes and tidy frames to axes, in one style."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+PALETTE = sns.color_palette("colorblind")
+MARKERS = "osD^vPX*"
+COLUMN = 7.2  # inches: width of a figure in the book
+
+
+def use_style() -> None:
+    """Set the book's figure style for the session: colour-blind-safe colours, white face (legible on dark pages), no title."""
+    sns.set_theme(context="notebook", style="ticks", palette=PALETTE)
+    mpl.rcParams.update({
+        "figure.dpi": 110, "savefig.dpi": 160, "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.labelsize": 11, "legend.frameon": False, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
+        "lines.markersize": 4, "lines.linewidth": 1.6, "image.cmap": "cividis", "figure.constrained_layout.use": True,
+    })  # fmt: skip
+
+
+def figure(rows: int = 1, columns: int = 1, height: float = 2.9, **options: Any) -> tuple[plt.Figure, Any]:
+    """Make a figure as wide as the book's column, ``height`` inches per row."""
+    return plt.subplots(rows, columns, figsize=(COLUMN, height * rows), **options)
+
+
+def seed_curves(
+    ax: Axes,
+    history: pd.DataFrame,
+    labels: Mapping[str, str],
+    *,
+    x: str = "epoch",
+    split: str | None = None,
+    layer: str | None = None,
+    first_style: int = 0,
+) -> Axes:
+    """Draw quantities against time: mean over runs with a band of one standard error, and each run as a thin line.
+
+    Args:
+        ax: Axes to draw on.
+        history: Tidy frame of one or more runs.
+        labels: Quantity -> legend entry, in order.
+        x: ``"epoch"`` or ``"step"``.
+        split: Keep rows of this split only.
+        layer: Keep rows of this layer only.
+        first_style: Index of the first colour and marker.
+    """
+    kept = history
+    for column, wanted in (("split", split), ("layer", layer)):
+        kept = kept if wanted is None else kept[kept[column] == wanted]
+    for i, (quantity, label) in enumerate(labels.items(), first_style):
+        part = kept[kept["quantity"] == quantity]
+        table = part.pivot_table(index=x, columns="run", values="value")
+        color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        ax.plot(table.index, table.to_numpy(), color=color, linewidth=0.6, alpha=0.35)
+        mean, sem = table.mean(axis=1), table.sem(axis=1).fillna(0.0)
+        ax.fill_between(table.index, mean - sem, mean + sem, color=color, alpha=0.25, linewidth=0)
+        ax.plot(table.index, mean, color=color, marker=marker, label=label)
+    ax.set_xlabel(x)
+    return ax
+
+
+def join_legends(*axes: Axes, **options: Any) -> None:
+    """Put the legends of axes that share a panel into one, on the first."""
+    handles, labels = zip(*(pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)), strict=True)
+    axes[0].legend(handles, labels, **options)
+
+
+def kernel_matrix(ax: Axes, kernel: np.ndarray, y: Sequence[int], label: str = r"$K$") -> Axes:
+    """Show an ``[n, n]`` kernel of examples sorted by class, with the class boundaries as lines and the classes as ticks."""
+    order = np.argsort(np.asarray(y), kind="stable")
+    image = ax.imshow(np.asarray(kernel)[np.ix_(order, order)], interpolation="nearest")
+    classes, starts = np.unique(np.asarray(y)[order], return_index=True)
+    ends = np.append(starts[1:], len(order))
+    for start in starts[1:]:
+        ax.axhline(start - 0.5, color="white", linewidth=0.5)
+        ax.axvline(start - 0.5, color="white", linewidth=0.5)
+    ax.set_xticks((starts + ends - 1) / 2, classes)
+    ax.set_yticks((starts + ends - 1) / 2, classes)
+    ax.set(xlabel="class of $x'$", ylabel="class of $x$")
+    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
+    return ax
+
+
+def spectrum(ax: Axes, eigvals: np.ndarray, **options: Any) -> Axes:
+    """Draw eigenvalues, descending, against their index on logarithmic axes."""
+    ax.loglog(np.arange(1, len(eigvals) + 1), eigvals, marker=".", linestyle="none", **options)
+    ax.set(xlabel="index $i$", ylabel=r"eigenvalue $\lambda_i$")
+    return ax
+
+
+def mark_diverged(ax: Axes, history: pd.DataFrame, *, x: str = "epoch") -> Axes:
+    """Mark with a cross where runs of a combined history diverged; nothing is drawn when none did."""
+    if "status" not in history:
+        return ax
+    ends = history[history["status"] == "diverged"].groupby("run")[x].max()
+    for n, position in enumerate(ends):
+        ax.axvline(position, color="black", linestyle=":", linewidth=1)
+        label = "diverged" if n == 0 else None
+        ax.plot([position], [0.5], marker="x", color="black", linestyle="none", transform=ax.get_xaxis_transform(), label=label)
+    return ax

@@ -1,0 +1,231 @@
+"""Execute chapters: strict parameters, atomic output, true exit codes, progress and a log."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ntklib import chapters, progress, provenance, storage
+from ntklib.paths import project_root, runs_root
+from ntklib.sweeps import JOBS
+
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # print as it is
+PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
+
+
+@dataclass
+class Task:
+    """One chapter to execute with its parameters.
+
+    Attributes:
+        chapter: Name of the notebook.
+        preset: Preset the parameters start from, ``"custom"`` once one was changed.
+        parameters: All parameters, checked.
+        stamp: Hash of all the output depends on; an output with the same stamp is up to date.
+    """
+
+    chapter: str
+    preset: str
+    parameters: dict[str, Any]
+    stamp: str
+    process: subprocess.Popen | None = None
+    started: float = 0.0
+    offset: int = 0
+    cell: tuple[int, int] = (0, 0)
+    steps: dict[str, tuple[int, int]] = field(default_factory=dict)  # label of a run -> steps done and in all
+    expected: int = 0  # runs announced
+    training_since: float = 0.0
+    message: str = ""
+
+    @property
+    def output(self) -> Path:
+        """Path of the executed notebook."""
+        return runs_root() / "executed" / self.preset / f"{self.chapter}.ipynb"
+
+    @property
+    def log(self) -> Path:
+        """Path of the log."""
+        return runs_root() / "logs" / self.preset / f"{self.chapter}.log"
+
+    @property
+    def events(self) -> Path:
+        """Path of the progress events."""
+        return self.log.with_suffix(".progress")
+
+    def up_to_date(self) -> bool:
+        """Whether the output was made from the same source, parameters, code and versions."""
+        try:
+            metadata = json.loads(self.output.read_text(encoding="utf-8"))["metadata"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return metadata.get("ntklib", {}).get("stamp") == self.stamp
+
+
+def make_task(chapter: str, preset: str = "default", overrides: Mapping[str, Any] | None = None) -> Task:
+    """Check chapter, preset and parameters, before anything is started.
+
+    Raises:
+        ParameterError: With the nearest name, or an example of the type.
+    """
+    path = chapters.notebook_path(chapter)
+    values = chapters.default_parameters(chapter)
+    values |= chapters.check_parameters(chapter, chapters.preset_parameters(chapter, preset))
+    changed = chapters.check_parameters(chapter, overrides or {})
+    name = preset if chapters.same_experiment(values, values | changed) else chapters.CUSTOM
+    values |= changed
+    source = [[c.cell_type, c.source, c.metadata] for c in nbformat.read(path, as_version=4).cells]
+    claims = (project_root() / "book" / "claims.yml").read_text(encoding="utf-8")
+    parts = [source, values, provenance.code_fingerprint(numeric_only=False), claims, provenance.versions()]
+    return Task(chapter, name, values, storage.sha256(storage.canonical(parts))[:16])
+
+
+def run(tasks: Sequence[Task], *, jobs: int = 1, force: bool = False, console: Console | None = None) -> list[Task]:
+    """Execute tasks, ``jobs`` at a time, showing progress; return those that failed.
+
+    Outputs that are up to date are left alone unless ``force``. On an interrupt all processes are ended first.
+    """
+    console = console or Console(stderr=True)
+    waiting = []
+    for task in tasks:
+        if task.up_to_date() and not force:
+            console.print(f"{task.chapter}: up to date ({_short(task.output)})", **PLAIN)
+        else:
+            waiting.append(task)
+    threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(waiting))))
+    running: list[Task] = []
+    failed: list[Task] = []
+    spoken = time.monotonic()
+    try:
+        with Live(console=console, transient=True, refresh_per_second=4) as live:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(_start(waiting.pop(0), threads))
+                time.sleep(0.2)
+                for task in list(running):
+                    _follow(task, console)
+                    if task.process is not None and task.process.poll() is not None:
+                        running.remove(task)
+                        _follow(task, console)
+                        failed += [] if _finish(task, console) else [task]
+                if console.is_terminal:
+                    live.update(_table(running))
+                elif time.monotonic() - spoken > PLAIN_EVERY:
+                    spoken = time.monotonic()
+                    for task in running:
+                        console.print(_line(task), **PLAIN)
+    except BaseException:
+        for task in running:
+            _kill(task)
+        raise
+    return failed
+
+
+def _start(task: Task, threads: int) -> Task:
+    for path in (task.output, task.log):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    task.events.unlink(missing_ok=True)
+    environment = os.environ | {
+        progress.FILE: str(task.events), "OMP_NUM_THREADS": str(threads), JOBS: os.environ.get(JOBS, str(os.cpu_count() or 1)),
+        "PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }  # fmt: skip
+    specification = {
+        "source": str(chapters.notebook_path(task.chapter)), "output": str(task.output), "parameters": task.parameters,
+        "stamp": task.stamp, "preset": task.preset, "chapter": task.chapter,
+    }  # fmt: skip
+    task.started = time.monotonic()
+    with task.log.open("wb") as log:
+        log.write(f"{provenance.utc_now()} {task.chapter} preset={task.preset} {json.dumps(task.parameters)}\n".encode())
+        log.flush()
+        task.process = subprocess.Popen(
+            [sys.executable, "-m", "ntklib.execute", json.dumps(specification)],
+            stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            cwd=project_root(), start_new_session=True,
+        )  # fmt: skip
+    return task
+
+
+def _follow(task: Task, console: Console) -> None:
+    events, task.offset = progress.read_events(task.events, task.offset)
+    for event in events:
+        if "cell" in event:
+            task.cell = (event["cell"], event["cells"])
+        elif "label" in event:
+            task.training_since = task.training_since or event["time"]
+            task.steps[event["label"]] = (event["step"], event["total"])
+        elif "expected" in event:
+            task.expected += event["expected"]
+        elif "message" in event:
+            console.print(f"{task.chapter}: {event['message']}", **PLAIN)
+
+
+def _finish(task: Task, console: Console) -> bool:
+    code = task.process.returncode if task.process else 1
+    if code == 0:
+        took = _time(time.monotonic() - task.started)
+        console.print(f"{task.chapter}: done in {took} -> {_short(task.output)}", **PLAIN)
+        return True
+    failure = task.output.with_suffix(".failure.txt")
+    reason = failure.read_text(encoding="utf-8") if failure.exists() else f"the process ended with status {code}"
+    where = f"cell {task.cell[0]} of {task.cell[1]}"
+    console.print(f"{task.chapter}: FAILED in {where}: {reason}\n  log: {task.log}", style="red", **PLAIN)
+    return False
+
+
+def _kill(task: Task) -> None:
+    """End the child with its kernel and its workers."""
+    if task.process is None:
+        return
+    try:
+        family = psutil.Process(task.process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    for process in [task.process, *family]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    task.process.wait()
+
+
+def _table(running: Sequence[Task]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for task in running:
+        table.add_row(*_columns(task))
+    return table
+
+
+def _line(task: Task) -> str:
+    return "  ".join(_columns(task))
+
+
+def _columns(task: Task) -> tuple[str, str, str, str, str]:
+    """Chapter, cell, steps of the runs announced so far, elapsed time and the estimate of what is left of them."""
+    done, total = (sum(column) for column in zip(*task.steps.values(), strict=True)) if task.steps else (0, 0)
+    if task.steps:
+        total = round(total * max(1.0, task.expected / len(task.steps)))  # runs not begun yet count like the others
+    rate = (time.time() - task.training_since) / done if done else 0.0
+    steps = f"step {done} of {total}" if total else "starting" if not task.cell[1] else ""
+    left = f"about {_time(rate * (total - done))} left of these steps" if 0 < done < total else ""
+    return task.chapter, f"cell {task.cell[0]}/{task.cell[1]}", steps, _time(time.monotonic() - task.started), left
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

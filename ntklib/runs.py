@@ -1,0 +1,262 @@
+"""Runs that survive: found again by their settings, resumed after a kill, never half written."""
+
+import inspect
+import io
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ntklib import progress, provenance, storage
+from ntklib.paths import runs_root
+from ntklib.training.state import State
+
+FORMAT = 1
+COLUMNS = {
+    "run": "string", "step": "int64", "epoch": "float64", "split": "string", "layer": "string", "quantity": "string",
+    "value": "float64", "sem": "float64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What is left of a run: everything a figure or a verdict needs.
+
+    Attributes:
+        key: Hash that names the run.
+        chapter: Chapter that computed it.
+        settings: Its settings.
+        status: ``"complete"``, ``"diverged"`` or ``"running"`` (interrupted).
+        history: Tidy frame, one row per step, split, layer and quantity: run, step, epoch, split, layer, quantity, value, sem.
+        sessions: Provenance of each process that worked on it.
+    """
+
+    key: str
+    chapter: str
+    settings: dict[str, Any]
+    status: str
+    history: pd.DataFrame
+    sessions: list[dict[str, Any]]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended because a loss or parameter was not finite."""
+        return self.status == "diverged"
+
+
+class Run:
+    """A context in which a run is loaded, resumed or computed.
+
+    The run is named by a hash of the settings, the numeric code of the package, the measuring code that uses the run (the calling
+    cell or function, with the functions and plain values of the notebook it names) and torch's version. A lock file keeps two
+    processes from computing it twice: the second waits, then reads the result.
+
+    Measured states are saved with the training state: history (Parquet), checkpoint (safetensors) and a manifest that names both
+    with their checksums and is replaced last, atomically. After a kill the run goes on from the last manifest, and its history
+    equals that of an uninterrupted run bit for bit (same machine and number of threads).
+
+    Args:
+        chapter: Name of the chapter.
+        settings: A mapping or a pydantic model; every value that the numbers depend on.
+        save_every: Seconds between checkpoints, at measured states.
+        root: Folder of runs. Default: ``NTKLIB_RUNS`` or ``runs``.
+    """
+
+    def __init__(
+        self, chapter: str, settings: Mapping[str, Any] | Any, *, save_every: float = 10.0, root: Path | None = None
+    ) -> None:
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame else None
+        self.chapter = chapter
+        self.settings = dict(settings if isinstance(settings, Mapping) else settings.model_dump())
+        self.numerics = {
+            "format": FORMAT,
+            "package": provenance.code_fingerprint(),
+            "caller": provenance.caller_fingerprint(caller.f_code, caller.f_globals) if caller else "",
+            "torch": ".".join(torch.__version__.split(".")[:2]),
+        }
+        identity = {"chapter": chapter, "settings": self.settings, "numerics": self.numerics}
+        self.key = storage.sha256(storage.canonical(identity))[:16]
+        self.folder = (root or runs_root()) / "store" / chapter / self.key
+        self.status = "running"
+        self._save_every = save_every
+        self._rows: list[dict[str, Any]] = []
+        self._sessions: list[dict[str, Any]] = []
+        self._checkpoint: tuple[int, dict[str, Tensor]] | None = None
+        self._lock = FileLock(self.folder / "lock")
+
+    # -- life of the context ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0.5)
+        except Timeout:
+            progress.say(f"{self.label}: another process is computing this run; waiting for its result")
+            self._lock.acquire()
+        try:
+            self._load()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._started = time.monotonic()
+        self._saved = self._started
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to compute."""
+        return self.status in ("complete", "diverged")
+
+    @property
+    def label(self) -> str:
+        """Chapter, seed and key, for messages."""
+        seed = f" seed {self.settings['seed']}" if "seed" in self.settings else ""
+        return f"{self.chapter}{seed} [{self.key[:6]}]"
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """Tidy frame of all that was logged, see ``RunResult``."""
+        return pd.DataFrame(self._rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+    @property
+    def result(self) -> RunResult:
+        """The run as plain data, which can leave the process."""
+        return RunResult(self.key, self.chapter, self.settings, self.status, self.history, self._sessions)
+
+    # -- computing -------------------------------------------------------------------------------------------------------------
+
+    def states(self, loop: Callable[..., Iterator[State]], *arguments: Any, **more: Any) -> Iterator[State]:
+        """Yield the states of a training loop that are not measured yet; nothing when the run is complete.
+
+        Args:
+            loop: A generator of states with a ``resume`` argument. Its keyword arguments are taken from the settings by name.
+            arguments: Its positional arguments, usually the model and the data, freshly built.
+            more: Keyword arguments that are not settings but follow from them.
+        """
+        if self.finished:
+            return
+        names = [p.name for p in inspect.signature(loop).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        keywords = {name: self.settings[name] for name in names if name in self.settings}
+        self._begin_session()
+        for state in loop(*arguments, **{**keywords, **more}, resume=self._checkpoint):
+            progress.report(self.label, state.step, state.total_steps)
+            yield state
+            ends = state.diverged or state.step == state.total_steps
+            if ends:
+                self.status = "diverged" if state.diverged else "complete"
+            if ends or time.monotonic() - self._saved >= self._save_every:
+                self._save(state)
+
+    def once(self) -> Iterator[State]:
+        """Yield one empty state, unless the run is complete: for measurements without training."""
+        if self.finished:
+            return
+        self._begin_session()
+        progress.report(self.label, 0, 1)
+        yield State(0, 0.0, torch.nn.Identity(), math.nan, 0.0)
+        self.status = "complete"
+        self._save(None)
+        progress.report(self.label, 1, 1)
+
+    def log(self, state: State, *, split: str = "", layer: str = "", **quantities: Any) -> None:
+        """Append one row per quantity: a number, a pair (value, sem), or an estimate with ``mean`` and ``sem``."""
+        for quantity, value in quantities.items():
+            mean, sem = value if isinstance(value, tuple) else (getattr(value, "mean", value), getattr(value, "sem", math.nan))
+            if callable(mean):  # a tensor: its mean is a method
+                mean = value
+            place = {"run": self.key[:8], "step": state.step, "epoch": state.epoch, "split": split, "layer": layer}
+            self._rows.append({**place, "quantity": quantity, "value": float(mean), "sem": float(sem)})
+
+    # -- files -----------------------------------------------------------------------------------------------------------------
+
+    def _begin_session(self) -> None:
+        device = str(self.settings.get("device", "cpu"))
+        self._sessions.append({
+            "started": provenance.utc_now(), "git": provenance.git_state(), "versions": provenance.versions(),
+            "device": device, **provenance.machine(device), "wall_seconds": 0.0,
+        })  # fmt: skip
+
+    def _save(self, state: State | None) -> None:
+        """Write history and checkpoint under new names, then the manifest that points at them, then drop what it replaced."""
+        self._saved = time.monotonic()
+        self._sessions[-1] |= {
+            "wall_seconds": round(self._saved - self._started, 2), "peak_memory_mib": provenance.peak_memory_mib(),
+            "ended": provenance.utc_now(),
+        }  # fmt: skip
+        files = {"history": self._write("history", ".parquet", _to_parquet(self.history))}
+        if state is not None:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in state.tensors().items()}
+            files["checkpoint"] = {**self._write("checkpoint", ".safetensors", save_tensors(tensors)), "step": state.step}
+        manifest = {"chapter": self.chapter, "key": self.key, "settings": self.settings, "numerics": self.numerics}
+        manifest |= {"status": self.status, "sessions": self._sessions, "files": files}
+        storage.write_json(self.folder / "run.json", manifest)
+        current = {entry["name"] for entry in files.values()}
+        for pattern in ("history-*.parquet", "checkpoint-*.safetensors"):
+            for path in self.folder.glob(pattern):
+                if path.name not in current:
+                    path.unlink()
+
+    def _write(self, stem: str, suffix: str, content: bytes) -> dict[str, Any]:
+        checksum = storage.sha256(content)
+        name = f"{stem}-{checksum[:12]}{suffix}"
+        storage.write_atomic(self.folder / name, content)
+        return {"name": name, "sha256": checksum}
+
+    def _load(self) -> None:
+        self._rows, self._sessions, self._checkpoint, self.status = [], [], None, "running"
+        manifest = storage.read_json(self.folder / "run.json")
+        if manifest is None:
+            return
+        files = manifest["files"]
+        history = storage.read_checked(self.folder / files["history"]["name"], files["history"]["sha256"])
+        if history is None:
+            return
+        if manifest["status"] == "running":
+            checkpoint = storage.read_checked(self.folder / files["checkpoint"]["name"], files["checkpoint"]["sha256"])
+            if checkpoint is None:
+                return
+            self._checkpoint = (files["checkpoint"]["step"], load_tensors(checkpoint))
+        self.status, self._sessions = manifest["status"], manifest["sessions"]
+        self._rows = pd.read_parquet(io.BytesIO(history)).to_dict("records")
+
+
+def load_tensors_of(result: RunResult, root: Path | None = None) -> dict[str, Tensor]:
+    """Return the last checkpoint of a run: ``model.*`` and ``optimizer.*`` tensors.
+
+    Raises:
+        FileNotFoundError: If the run has no checkpoint, or it is damaged.
+    """
+    folder = (root or runs_root()) / "store" / result.chapter / result.key
+    manifest = storage.read_json(folder / "run.json")
+    entry = (manifest or {"files": {}})["files"].get("checkpoint")
+    content = storage.read_checked(folder / entry["name"], entry["sha256"]) if entry else None
+    if content is None:
+        msg = f"Run {result.key} has no whole checkpoint in {folder}. Delete the folder and compute it again."
+        raise FileNotFoundError(msg)
+    return load_tensors(content)
+
+
+def combine(results: Iterable[RunResult], *columns: str) -> pd.DataFrame:
+    """Stack histories of several runs, with the named settings and the status as further columns."""
+    frames = [r.history.assign(**{c: r.settings[c] for c in columns}, status=r.status) for r in results]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _to_parquet(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    return buffer.getvalue()

@@ -1,0 +1,186 @@
+"""Settings of runs: validated before any work starts, hashable, and with messages a person can act on."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ntklib import text
+
+Positive = Annotated[int, Field(ge=1)]
+PHRASES = {  # pydantic's error type -> what was required
+    "greater_than": "must be greater than {gt:g}", "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}", "less_than_equal": "must be at most {le:g}",
+    "int_type": "must be a whole number", "int_from_float": "must be a whole number", "int_parsing": "must be a whole number",
+    "float_type": "must be a number", "float_parsing": "must be a number", "finite_number": "must be finite",
+    "string_type": "must be text", "missing": "is required",
+}  # fmt: skip
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, no unknown names, errors as plain sentences.
+
+    Raises:
+        ValueError: With one sentence per mistake: what was required, what was got.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(" ".join(self._sentence(e) for e in error.errors())) from None
+
+    @classmethod
+    def _sentence(cls, error: Any) -> str:
+        name = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            return text.unknown("setting", name, cls.model_fields)
+        if error["type"] == "value_error":
+            return str(error["ctx"]["error"])
+        required = PHRASES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+        got = "" if error["type"] == "missing" else f" Got {error['input']!r}."
+        return f"{name} {required}.{got}"
+
+    def but(self, **changes: Any) -> Self:
+        """Return the same settings with some values changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+class SupervisedSettings(Settings):
+    """One supervised training run on images, and what is measured along it.
+
+    Attributes:
+        dataset: Name in ``ntklib.data``.
+        num_train: Class-balanced training subset; 0 for all.
+        num_test: The same for test images.
+        model: Name in ``ntklib.models``.
+        width: Channels of the first stage, or hidden units.
+        init: Initialization scheme.
+        lr: Learning rate at the first step.
+        momentum: Momentum.
+        weight_decay: Weight decay added to the gradient.
+        batch_size: Examples per step.
+        epochs: Passes over the training data.
+        schedule: ``"constant"`` or ``"cosine"``.
+        loss: ``"cross_entropy"`` or ``"half_mse"``.
+        augment: ``"none"`` or ``"crop_flip"``.
+        num_probe: Training images on which the trace is measured.
+        method: Trace estimator of the low-variance curve, ``"exact"`` or ``"output"``.
+        num_samples: Its draws.
+        epsilon: Standard deviation of the main paper's weight perturbation.
+        num_perturbations: Draws of the main paper's estimator.
+        seed: Seed of initialization, data subset and batches.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; resolved when the settings are made.
+    """
+
+    dataset: str
+    num_train: Annotated[int, Field(ge=0)] = 0
+    num_test: Annotated[int, Field(ge=0)] = 0
+    model: str
+    width: Positive
+    init: str = "standard"
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Positive
+    epochs: Positive
+    schedule: str = "constant"
+    loss: str = "cross_entropy"
+    augment: str = "none"
+    num_probe: Positive
+    method: str = "output"
+    num_samples: Positive = 1
+    epsilon: Annotated[float, Field(gt=0)] = 0.01
+    num_perturbations: Positive = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_device(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "device": resolve_device(values.get("device", "auto"))}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        from ntklib import data, models
+        from ntklib.data.augment import augment_by_name
+        from ntklib.training import SCHEDULES, loss_by_name
+
+        data.check_name(self.dataset)
+        models.check_name(self.model)
+        loss_by_name(self.loss)
+        augment_by_name(self.augment)
+        for kind, got, known in (
+            ("initialization", self.init, models.SCHEMES),
+            ("schedule", self.schedule, SCHEDULES),
+            ("method", self.method, ("exact", "output")),
+        ):
+            if got not in known:
+                raise ValueError(text.unknown(kind, got, known))
+        if self.num_train and self.num_probe > self.num_train:
+            msg = f"num_probe must be at most num_train = {self.num_train}, the training images there are. Got {self.num_probe}."
+            raise ValueError(msg)
+        return self
+
+
+class FullBatchSettings(Settings):
+    """One full-batch gradient-descent run with squared loss.
+
+    Attributes:
+        dataset: Name in ``ntklib.data``.
+        num_train: Class-balanced training subset.
+        width: Hidden units per layer of the MLP.
+        init: Initialization scheme.
+        lr_fraction: Learning rate as a fraction of the largest stable one at initialization, 2 n / lambda_max(K_0).
+        steps: Gradient steps.
+        seed: Seed of initialization and data subset.
+        device: As in ``SupervisedSettings``.
+    """
+
+    dataset: str
+    num_train: Positive
+    width: Positive
+    init: str = "standard"
+    lr_fraction: Annotated[float, Field(gt=0)]
+    steps: Positive
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_device(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "device": resolve_device(values.get("device", "auto"))}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        from ntklib import data, models
+
+        data.check_name(self.dataset)
+        if self.init not in models.SCHEMES:
+            raise ValueError(text.unknown("initialization", self.init, models.SCHEMES))
+        return self
+
+
+def resolve_device(device: str) -> str:
+    """Return a device that is there: ``"auto"`` is CUDA when torch sees a card and the CPU otherwise.
+
+    Raises:
+        ValueError: If the device is of another kind, or CUDA was asked for and is absent.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        msg = f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N'. Got {device!r}."
+        raise ValueError(msg)
+    if device.startswith("cuda"):
+        index = int(device.split(":")[1]) if ":" in device else 0
+        if index >= torch.cuda.device_count():
+            msg = (
+                f"device {device!r} was asked for, and torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
+                "Use device='auto' or 'cpu', or install a CUDA build of torch and a driver."
+            )
+            raise ValueError(msg)
+    return device

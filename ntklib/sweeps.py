@@ -1,0 +1,48 @@
+"""The same function over a list of settings, side by side in processes."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from ntklib import progress
+from ntklib.paths import runs_root
+
+Result = TypeVar("Result")
+JOBS = "NTKLIB_JOBS"  # environment variable: processes a chapter may use
+
+
+def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: int | None = None) -> list[Result]:
+    """Apply ``function`` to each of the settings, in parallel processes, and return the results in order.
+
+    Every call runs on one thread of the CPU, so its numbers do not depend on how many run at a time. Runs on CUDA go one after
+    the other. The first error stops the sweep and is raised here; finished runs are kept and found again.
+
+    Args:
+        function: One run: settings -> result. It may be defined in a notebook.
+        settings: One entry per run.
+        jobs: Processes. Default: ``NTKLIB_JOBS`` or the number of cores.
+    """
+    from joblib import Parallel, delayed
+
+    on_gpu = any(str(getattr(s, "device", "cpu")).startswith("cuda") for s in settings)
+    jobs = jobs or int(os.environ.get(JOBS, "0")) or os.cpu_count() or 1
+    jobs = 1 if on_gpu else min(jobs, len(settings))
+    with progress.bar("sweep", len(settings), runs_root()):
+        progress.expect(len(settings))
+        if jobs == 1:
+            return [_single_threaded(function, s, {}) for s in settings]
+        environment = {progress.FILE: os.environ[progress.FILE]}
+        calls = (delayed(_single_threaded)(function, s, environment) for s in settings)
+        return list(Parallel(n_jobs=jobs, backend="loky")(calls))
+
+
+def _single_threaded(function: Callable[[Any], Result], settings: Any, environment: dict[str, str]) -> Result:
+    import torch
+
+    os.environ.update(environment)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function(settings)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,53 @@
+"""What a training loop yields: the model at a measured step, and all that is needed to go on from it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn, optim
+
+
+@dataclass
+class State:
+    """A training run at one measured step, before the step is taken.
+
+    Attributes:
+        step: Optimizer steps taken so far.
+        epoch: Passes over the training data so far (a fraction between epochs).
+        model: The network at this step, in eval mode. Training goes on with it: read it, do not change it.
+        loss: Mean training loss of the steps since the last measured one, each before its update; at step 0, of nothing: nan.
+        lr: Learning rate of the next step.
+        optimizer: The optimizer, whose state a checkpoint holds.
+        total_steps: Steps of the whole run.
+        diverged: Whether a loss or a parameter has stopped being finite; the loop ends after such a state.
+    """
+
+    step: int
+    epoch: float
+    model: nn.Module
+    loss: float
+    lr: float
+    optimizer: optim.Optimizer | None = None
+    total_steps: int = 0
+    diverged: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors a resumed run needs, by name: ``model.<name>`` and ``optimizer.<index>.<slot>``."""
+        out = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.optimizer is not None:
+            for index, slots in self.optimizer.state_dict()["state"].items():
+                out |= {f"optimizer.{index}.{k}": v for k, v in slots.items() if isinstance(v, Tensor)}
+        return out
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Load what ``tensors`` returned into the model and optimizer of this state."""
+        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        self.model.load_state_dict(model)
+        if self.optimizer is None:
+            return
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, slot = key.split(".", 2)
+                slots.setdefault(int(index), {})[slot] = value.clone()  # the optimizer keeps and updates what it is given
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})

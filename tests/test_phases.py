@@ -1,0 +1,42 @@
+"""Rise and plateau of curves with known answers."""
+
+import math
+
+import numpy as np
+import pytest
+
+from ntklib.phases import rise_and_plateau
+
+
+def test_an_exponential_rise_to_a_plateau_is_measured_exactly():
+    epoch = np.arange(11)
+    value = np.exp(0.3 * np.minimum(epoch, 5))
+    accuracy = np.minimum(epoch / 5, 1.0)
+    found = rise_and_plateau(epoch, value, accuracy)
+    assert found.t_star == 5
+    assert found.spearman == pytest.approx(1.0)
+    assert found.slope_before == pytest.approx(0.3, rel=1e-12)
+    assert found.slope_ratio == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_fall_has_rank_correlation_minus_one_and_a_steady_rise_has_slope_ratio_one():
+    epoch, accuracy = np.arange(9), np.minimum(np.arange(9) / 4, 1.0)
+    assert rise_and_plateau(epoch, np.exp(-0.2 * epoch), accuracy).spearman == pytest.approx(-1.0)
+    assert rise_and_plateau(epoch, np.exp(0.2 * epoch), accuracy).slope_ratio == pytest.approx(1.0, rel=1e-12)
+
+
+def test_t_star_is_the_first_epoch_within_the_slack():
+    assert rise_and_plateau([0, 1, 2, 3], [1, 2, 3, 3], [0.1, 0.994, 0.996, 1.0]).t_star == 2
+
+
+def test_what_cannot_be_measured_is_nan():
+    found = rise_and_plateau([0, 1, 2], [1, 2, 3], [0.2, 0.5, 1.0])
+    assert math.isnan(found.slope_after)
+    assert math.isnan(rise_and_plateau([0, 1, 2], [1, 2, 3], [1.0, 1.0, 1.0]).slope_ratio)
+
+
+def test_bad_curves_are_refused():
+    with pytest.raises(ValueError, match="same length, at least 2. Got 2, 1 and 2"):
+        rise_and_plateau([0, 1], [1], [0, 1])
+    with pytest.raises(ValueError, match="positive and finite. Got -1"):
+        rise_and_plateau([0, 1], [1, -1], [0, 1])
