@@ -109,7 +109,7 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         wanted, got = type(default).__name__, type(value).__name__
         msg = f"Parameter {name} must be of type {wanted}, for example {default!r}. Got {value!r} of type {got}."
         raise ParameterError(msg)
-    if isinstance(default, list) and default:
+    if isinstance(default, list) and isinstance(value, list) and default:
         return [_typed(f"{name}[{i}]", item, default[0]) for i, item in enumerate(value)]
     return value
 

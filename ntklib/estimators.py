@@ -87,7 +87,7 @@ def ntk_trace(
         scale = 1 / base.numel() if normalize else 1.0
         if method == "exact":
             size = examples_per_chunk(params, base.shape[1], chunk_size)
-            total = sum(float(jacobian(f, params, part).double().square().sum()) for part in x.split(size))
+            total = sum(float(j.square().sum(dtype=torch.float64)) for part in x.split(size) for j in jacobian(f, params, part))
             return TraceEstimate(scale * total, 0.0, 0)
         generator = generator if generator is not None else torch.default_generator
         problem = _Problem(f, params, x, base, num_samples, generator, epsilon, chunk_size)

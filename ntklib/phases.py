@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import linregress, spearmanr
+import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def rise_and_plateau(
         raise ValueError(msg)
     star = int(np.argmax(a >= a.max() - slack))
     before, after = slice(0, star + 1), slice(star, None)
-    spearman = float(spearmanr(t[before], v[before]).statistic) if star >= 2 else math.nan
+    spearman = float(pd.Series(t[before]).corr(pd.Series(v[before]), method="spearman")) if star >= 2 else math.nan
     rise = float(np.log(v[star] / v[0]) / (t[star] - t[0])) if star else math.nan
-    rest = float(linregress(t[after], np.log(v[after])).slope) if len(t) - star >= 3 else math.nan
+    rest = float(np.polyfit(t[after], np.log(v[after]), 1)[0]) if len(t) - star >= 3 else math.nan
     return RiseAndPlateau(float(t[star]), spearman, rise, rest)

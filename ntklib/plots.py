@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vPX*"
@@ -25,7 +26,7 @@ def use_style() -> None:
     })  # fmt: skip
 
 
-def figure(rows: int = 1, columns: int = 1, height: float = 2.9, **options: Any) -> tuple[plt.Figure, Any]:
+def figure(rows: int = 1, columns: int = 1, height: float = 2.9, **options: Any) -> tuple[Figure, Any]:
     """Make a figure as wide as the book's column, ``height`` inches per row."""
     return plt.subplots(rows, columns, figsize=(COLUMN, height * rows), **options)
 
@@ -55,7 +56,7 @@ def seed_curves(
     for column, wanted in (("split", split), ("layer", layer)):
         kept = kept if wanted is None else kept[kept[column] == wanted]
     for i, (quantity, label) in enumerate(labels.items(), first_style):
-        part = kept[kept["quantity"] == quantity]
+        part = pd.DataFrame(kept[kept["quantity"] == quantity])
         table = part.pivot_table(index=x, columns="run", values="value")
         color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
         ax.plot(table.index, table.to_numpy(), color=color, linewidth=0.6, alpha=0.35)
@@ -99,8 +100,9 @@ def mark_diverged(ax: Axes, history: pd.DataFrame, *, x: str = "epoch") -> Axes:
     """Mark with a cross where runs of a combined history diverged; nothing is drawn when none did."""
     if "status" not in history:
         return ax
-    ends = history[history["status"] == "diverged"].groupby("run")[x].max()
-    for n, position in enumerate(ends):
+    diverged = pd.DataFrame(history[history["status"] == "diverged"])
+    for n, (_, run) in enumerate(diverged.groupby("run")):
+        position = float(run[x].to_numpy().max())
         ax.axvline(position, color="black", linestyle=":", linewidth=1)
         label = "diverged" if n == 0 else None
         ax.plot([position], [0.5], marker="x", color="black", linestyle="none", transform=ax.get_xaxis_transform(), label=label)

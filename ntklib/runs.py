@@ -175,9 +175,11 @@ class Run:
     def log(self, state: State, *, split: str = "", layer: str = "", **quantities: Any) -> None:
         """Append one row per quantity: a number, a pair (value, sem), or an estimate with ``mean`` and ``sem``."""
         for quantity, value in quantities.items():
-            mean, sem = value if isinstance(value, tuple) else (getattr(value, "mean", value), getattr(value, "sem", math.nan))
-            if callable(mean):  # a tensor: its mean is a method
-                mean = value
+            mean, sem = value, math.nan
+            if isinstance(value, tuple):
+                mean, sem = value
+            elif hasattr(value, "num_samples"):  # an estimate
+                mean, sem = value.mean, value.sem
             place = {"run": self.key[:8], "step": state.step, "epoch": state.epoch, "split": split, "layer": layer}
             self._rows.append({**place, "quantity": quantity, "value": float(mean), "sem": float(sem)})
 

@@ -38,7 +38,7 @@ class Settings(BaseModel):
             return text.unknown("setting", name, cls.model_fields)
         if error["type"] == "value_error":
             return str(error["ctx"]["error"])
-        required = PHRASES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+        required = str(PHRASES.get(error["type"]) or error["msg"]).format(**error.get("ctx", {}))
         got = "" if error["type"] == "missing" else f" Got {error['input']!r}."
         return f"{name} {required}.{got}"
 

@@ -33,7 +33,8 @@ def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: i
             return [_single_threaded(function, s, {}) for s in settings]
         environment = {progress.FILE: os.environ[progress.FILE]}
         calls = (delayed(_single_threaded)(function, s, environment) for s in settings)
-        return list(Parallel(n_jobs=jobs, backend="loky")(calls))
+        results: Any = Parallel(n_jobs=jobs, backend="loky")(calls)
+        return list(results)
 
 
 def _single_threaded(function: Callable[[Any], Result], settings: Any, environment: dict[str, str]) -> Result:

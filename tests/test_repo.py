@@ -106,6 +106,13 @@ def test_imports_point_one_way():
                 assert not module.startswith(tuple(f"ntklib.{o}" for o in others)), f"{path.name} imports {module}"
 
 
+def test_the_path_that_the_readme_recommends_is_under_300_lines():
+    section = (ROOT / "README.md").read_text().split("## The whole idea in 300 lines")[1].split("Then [")[0]
+    files = re.findall(r"\]\((ntklib/\S+\.py)\)", section)
+    assert len(files) == 3
+    assert sum(len((ROOT / f).read_text().splitlines()) for f in files) < 300
+
+
 def test_modules_stay_small():
     for path in (ROOT / "ntklib").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path

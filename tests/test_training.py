@@ -90,8 +90,8 @@ def test_states_come_at_the_measured_steps_and_at_the_end(measure_at, steps):
     assert {s[3:] for s in states} == {(6, False, False)}
 
 
-def with_dropout(seed: int) -> nn.Module:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+def with_dropout(seed: int, d: int = 4) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(d, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
     return initialize(model, "standard", stream(seed, "init"))
 
 
@@ -134,6 +134,14 @@ def test_the_seed_decides_batches_augmentation_and_dropout_and_the_global_genera
     assert torch.equal(end(3), end(3))
     assert (end(3) - end(4)).abs().max() > 1e-3  # whole batches: by dropout alone
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("make", "augment"), [(with_dropout, "none"), (lambda _, d: MLP(d, [], 3), "crop_flip")])
+def test_masks_and_augmentations_differ_from_step_to_step(make, augment):
+    data = dataset(4, (1, 8, 8))
+    data.x_train[:], data.y_train[:] = data.x_train[0].clone(), 0  # equal examples, lr 0: losses differ by chance alone
+    states = sgd(make(0, 64).double(), data, lr=0.0, batch_size=4, epochs=6, augment=augment, measure_at=range(1, 7))
+    assert len({s.loss for s in states}) == 6
 
 
 def test_batch_statistics_are_calibrated_before_the_first_state():

@@ -110,7 +110,7 @@ def locate(name: str) -> list[Path]:
 
 
 def _subset(x: np.ndarray, y: np.ndarray, num: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    labels = torch.as_tensor(np.asarray(y), dtype=torch.int64)
+    labels = torch.as_tensor(y, dtype=torch.int64)
     if num is not None:
         index = balanced_indices(labels, num, stream(seed, "subset"))
         x, labels = x[index.numpy()], labels[index]
@@ -121,15 +121,15 @@ def _subset(x: np.ndarray, y: np.ndarray, num: int | None, seed: int) -> tuple[T
 def _split(x: np.ndarray, y: np.ndarray, num_test: int) -> tuple[Arrays, Arrays]:
     from sklearn.model_selection import train_test_split
 
-    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=num_test, random_state=0, stratify=y)
-    return (x_train, y_train), (x_test, y_test)
+    train, test = train_test_split(np.arange(len(y)), test_size=num_test, random_state=0, stratify=y)
+    return (x[train], y[train]), (x[test], y[test])
 
 
 def _digits() -> tuple[Arrays, Arrays]:
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    return _split(bunch.images, bunch.target, 400)
+    pixels, labels = load_digits(return_X_y=True)
+    return _split(np.asarray(pixels).reshape(-1, 8, 8), np.asarray(labels), 400)
 
 
 def _mnist5k() -> tuple[Arrays, Arrays]:
@@ -162,14 +162,14 @@ def _cifar10() -> tuple[Arrays, Arrays]:
     from torchvision.datasets import CIFAR10
 
     train, test = _torchvision("cifar10", CIFAR10)
-    return (train.data, train.targets), (test.data, test.targets)
+    return (train.data, np.array(train.targets)), (test.data, np.array(test.targets))
 
 
 def _cifar100() -> tuple[Arrays, Arrays]:
     from torchvision.datasets import CIFAR100
 
     train, test = _torchvision("cifar100", CIFAR100)
-    return (train.data, train.targets), (test.data, test.targets)
+    return (train.data, np.array(train.targets)), (test.data, np.array(test.targets))
 
 
 def _torchvision(name: str, factory: Callable) -> tuple:

@@ -1,6 +1,6 @@
 """The empirical NTK, exact, in chunks of examples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,10 @@ def empirical_ntk(
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:
         msg = f"x1 and x2 must share the input shape. Got {tuple(x1.shape)} and {tuple(x2.shape)}."
         raise ValueError(msg)
+    for name, x in (("x1", x1), ("x2", x1 if x2 is None else x2)):
+        if len(x) == 0:
+            msg = f"{name} must hold at least one example. Got shape {tuple(x.shape)}."
+            raise ValueError(msg)
     f, params = functional_model(model)
     with torch.no_grad():
         c = f(params, x1[:1]).shape[1]
@@ -81,7 +85,7 @@ def ntk_diagonal(model: nn.Module, x: Tensor, *, chunk_size: int | None = None) 
     with torch.no_grad():
         c = f(params, x[:1]).shape[1]
     size = examples_per_chunk(params, c, chunk_size)
-    return torch.cat([j @ j.mT for _, j in _jacobians(f, params, x, size)])
+    return torch.cat([_sum(j @ j.mT for j in pieces) for _, pieces in _jacobians(f, params, x, size)])
 
 
 def flatten_kernel(kernel: Float[Tensor, "n1 n2 c c"]) -> Float[Tensor, "n1*c n2*c"]:
@@ -90,7 +94,7 @@ def flatten_kernel(kernel: Float[Tensor, "n1 n2 c c"]) -> Float[Tensor, "n1*c n2
     return kernel.transpose(1, 2).reshape(n1 * c, n2 * c)
 
 
-def _jacobians(f: Model, params: Params, x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+def _jacobians(f: Model, params: Params, x: Tensor, size: int) -> Iterator[tuple[int, list[Tensor]]]:
     for start in range(0, len(x), size):
         yield start, jacobian(f, params, x[start : start + size])
 
@@ -101,25 +105,35 @@ def _symmetric(f: Model, params: Params, x: Tensor, c: int, size: int, reduce: s
     shape = {None: (n, n, c, c), "trace": (n, n), "diagonal": (n, n, c)}[reduce]
     kernel: Tensor | None = None
     for i, j1 in _jacobians(f, params, x, size):
-        kernel = j1.new_zeros(shape) if kernel is None else kernel
         for start in range(i, n, size):
-            j2 = j1 if start == i else jacobian(f, params, x[start : start + size])
-            block = _contract(j1, j2, reduce)
-            kernel[i : i + len(j1), start : start + len(j2)] = block
+            block = _contract(j1, j1 if start == i else jacobian(f, params, x[start : start + size]), reduce)
             mirrored = block.transpose(0, 1) if reduce else block.permute(1, 0, 3, 2)
-            kernel[start : start + len(j2), i : i + len(j1)] = mirrored
-        # the block on the diagonal was written twice: make it symmetric to the last bit
-        own = kernel[i : i + len(j1), i : i + len(j1)]
-        own.copy_((own + (own.transpose(0, 1) if reduce else own.permute(1, 0, 3, 2))) / 2)
+            if start == i:  # on the diagonal: symmetric to the last bit
+                block = mirrored = (block + mirrored) / 2
+            kernel = block.new_zeros(shape) if kernel is None else kernel
+            rows, columns = slice(i, i + block.shape[0]), slice(start, start + block.shape[1])
+            kernel[rows, columns] = block
+            kernel[columns, rows] = mirrored
     assert kernel is not None
     return kernel
 
 
-def _contract(j1: Float[Tensor, "n1 c p"], j2: Float[Tensor, "n2 c p"], reduce: str | None) -> Tensor:
-    n1, c, p = j1.shape
+def _contract(j1: list[Tensor], j2: list[Tensor], reduce: str | None) -> Tensor:
+    """Sum over parameters k of J1_k J2_k^T; each is ``[n, c, p_k]``."""
+    pairs = zip(j1, j2, strict=True)
+    n1, n2, c = len(j1[0]), len(j2[0]), j1[0].shape[1]
     if reduce == "diagonal":
-        return (j1.transpose(0, 1) @ j2.permute(1, 2, 0)).permute(1, 2, 0)  # [c, n1, n2] -> [n1, n2, c]
+        return _sum(a.transpose(0, 1) @ b.permute(1, 2, 0) for a, b in pairs).permute(1, 2, 0)  # [c, n1, n2] -> [n1, n2, c]
     if reduce == "trace":
-        return j1.reshape(n1, c * p) @ j2.reshape(len(j2), c * p).T
-    gram = j1.reshape(n1 * c, p) @ j2.reshape(-1, p).T
-    return gram.reshape(n1, c, len(j2), c).transpose(1, 2)
+        return _sum(a.reshape(n1, -1) @ b.reshape(n2, -1).T for a, b in pairs)
+    gram = _sum(a.reshape(n1 * c, -1) @ b.reshape(n2 * c, -1).T for a, b in pairs)
+    return gram.reshape(n1, c, n2, c).transpose(1, 2)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Sum of tensors, in place in the first."""
+    iterator = iter(terms)
+    total = next(iterator)
+    for term in iterator:
+        total += term
+    return total

@@ -23,21 +23,23 @@ def examples_per_chunk(params: Params, c: int, chunk_size: int | None, budget: i
     return max(1, budget // per_example)
 
 
-def jacobian(f: Model, params: Params, x: Tensor) -> Float[Tensor, "n c p"]:
-    """J[i, a] = gradient of output a at example i with respect to all parameters, flattened in the order of ``params``."""
+def jacobian(f: Model, params: Params, x: Tensor) -> list[Float[Tensor, "n c _"]]:
+    """Gradients of output a at example i, ``[n, c, p_k]`` for each parameter k in the order of ``params``.
+
+    Kept apart by parameter, as contractions add up over them: a concatenated copy would double the memory.
+    """
 
     def one_example(x_i: Tensor) -> Params:
         return jacrev(lambda params: f(params, x_i[None])[0])(params)  # each [c, *w.shape]
 
-    pieces = vmap(one_example)(x)
-    return torch.cat([piece.flatten(2) for piece in pieces.values()], dim=2)
+    return [piece.reshape(*piece.shape[:2], -1) for piece in vmap(one_example)(x).values()]
 
 
 def gradient_square_norms(f: Model, params: Params, x: Tensor, v: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     """||J_i^T v_i||^2 for every example i, by one vector-Jacobian product each."""
 
     def one_example(x_i: Tensor, v_i: Tensor) -> Tensor:
-        _, pull = vjp(lambda params: f(params, x_i[None])[0], params)
+        pull = vjp(lambda params: f(params, x_i[None])[0], params)[1]
         return torch.stack([g.square().sum() for g in pull(v_i)[0].values()]).sum()
 
     return vmap(one_example)(x, v)

@@ -41,14 +41,15 @@ class ResNet(nn.Module):
         super().__init__()
         bottleneck = name in ("resnet50", "resnet101")
         self.stem = nn.Sequential(_conv(in_channels, width, 3), nn.BatchNorm2d(width), nn.ReLU())
-        c = width
+        c, stages = width, []
         for stage, depth in enumerate(LAYERS[name]):
             blocks = []
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 blocks.append(Block(c, width * 2**stage, stride, bottleneck=bottleneck))
                 c = width * 2**stage * (4 if bottleneck else 1)
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.head = nn.Linear(c, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

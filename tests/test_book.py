@@ -1,0 +1,222 @@
+"""The built book is whole: pages, links, figures with their words, the ledger and the index."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+from ntklib import book, chapters, claims
+
+pytestmark = pytest.mark.slow
+
+CONTENTS = yaml.safe_load((chapters.project_root() / "book" / "_toc.yml").read_text(encoding="utf-8"))
+PAGES = [CONTENTS["root"], *(entry["file"] for part in CONTENTS["parts"] for entry in part["chapters"])]
+CHAPTERS = book.contents()
+PRESET = "smoke"  # of the runs behind the fixture's book
+RESOURCES = {"img": "src", "script": "src", "source": "src", "iframe": "src", "video": "src", "audio": "src", "object": "data", "link": "href"}
+VERDICTS = {
+    claims.HOLDS: "verdict-holds",
+    claims.FAILS: "verdict-fails",
+    claims.INCONCLUSIVE: "verdict-inconclusive",
+    claims.NOT_JUDGED: "verdict-unjudged",
+    claims.OTHER_PRESET: "verdict-unjudged",
+}
+
+
+@cache
+def parsed(path):
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+def page(built_book, name):
+    return parsed(built_book / f"{name}.html")
+
+
+def article(built_book, name):
+    return page(built_book, name).select_one("article.bd-article")
+
+
+def html_pages(built_book):
+    found = [p for p in built_book.rglob("*.html") if "_static" not in p.parts]
+    assert len(found) > len(PAGES)  # and the search page
+    return found
+
+
+def words(element):
+    return " ".join(element.get_text(" ").split())
+
+
+def target(page_path, address):
+    """The file a local address on a page leads to, and its anchor."""
+    parts = urlsplit(address)
+    path = (page_path.parent / unquote(parts.path)).resolve() if parts.path else page_path
+    return (path / "index.html" if path.is_dir() else path), unquote(parts.fragment)
+
+
+def figure_cells(chapter):
+    """Source metadata of a chapter's figures, by name."""
+    cells = nbformat.read(chapters.notebook_path(chapter), 4).cells
+    found = [c.metadata["mystnb"] for c in cells if "figure" in c.metadata.get("mystnb", {})]
+    return {m["figure"]["name"]: m for m in found}
+
+
+def parameters(chapter):
+    return chapters.default_parameters(chapter) | chapters.preset_parameters(chapter, PRESET)
+
+
+FIGURES = [(chapter, name) for chapter in CHAPTERS for name in figure_cells(chapter)]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_of_the_contents_is_there_with_one_title(built_book, name):
+    titles = page(built_book, name).find_all("h1")
+    printed = [h for h in titles if h.find_parent(class_="onlyprint")]  # the theme's second copy, on paper only
+    assert len(titles) - len(printed) == 1
+    assert article(built_book, name).h1
+    assert page(built_book, name).html["lang"] == "en"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_headings_descend_one_level_at_a_time(built_book, name):
+    levels = [int(h.name[1]) for h in article(built_book, name).find_all(re.compile(r"^h[1-6]$"))]
+    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False)), levels
+
+
+def test_the_sidebar_leads_to_every_page(built_book):
+    links = page(built_book, CONTENTS["root"]).select("nav.bd-links a.reference.internal")
+    assert {f"{name}.html" for name in PAGES if name != CONTENTS["root"]} <= {a["href"] for a in links}
+
+
+def test_every_local_link_and_anchor_exists(built_book):
+    broken = []
+    for path in html_pages(built_book):
+        for element in parsed(path).find_all(href=True) + parsed(path).find_all(src=True):
+            address = element.get("href") or element.get("src")
+            if urlsplit(address).scheme or address.startswith("//"):
+                continue
+            file, anchor = target(path, address)
+            if not file.is_file() or not file.is_relative_to(built_book.resolve()):
+                broken.append(f"{path.name}: {address} has no file")
+            elif anchor and file.suffix == ".html" and not parsed(file).find(attrs={"id": anchor}):
+                broken.append(f"{path.name}: {address} has no anchor")
+    assert not broken
+
+
+def test_no_page_loads_anything_from_outside(built_book):
+    outside = []
+    for path in html_pages(built_book):
+        for tag, attribute in RESOURCES.items():
+            for element in parsed(path).find_all(tag, **{attribute: True}):
+                if urlsplit(element[attribute]).netloc:
+                    outside.append(f"{path.name}: {element}")
+        outside += [f"{path.name}: {s}" for s in parsed(path).find_all("style") if re.search(r"@import|url\(['\"]?(https?:)?//", s.text)]
+    for sheet in built_book.rglob("*.css"):
+        text = sheet.read_text(encoding="utf-8")
+        outside += [f"{sheet.name}: {m}" for m in re.findall(r"(?:@import|url\()\s*['\"]?(?:https?:)?//[^)'\"]*", text)]
+    assert not outside
+
+
+def test_links_to_the_web_are_plain_hyperlinks_with_a_secure_address(built_book):
+    for path in html_pages(built_book):
+        for element in parsed(path).find_all(href=re.compile(r"^(\w+:)?//")):
+            assert element.name == "a"
+            assert element["href"].startswith("https://"), f"{path.name}: {element['href']}"
+
+
+def test_every_image_has_an_alternative_text(built_book):
+    images = [(path.name, image) for path in html_pages(built_book) for image in parsed(path).find_all("img")]
+    assert len(images) >= len(FIGURES)
+    assert not [(name, image["src"]) for name, image in images if not image.get("alt", "").strip()]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_markup_is_left_over_in_the_text(built_book, name):
+    copy = BeautifulSoup(str(article(built_book, name)), "html.parser")
+    for element in copy.select("pre, code, .math, script, style"):
+        element.decompose()
+    assert not re.findall(r".{0,30}(?:\$|\\\w|\{\w+\}|\]\(|`).{0,30}", copy.get_text())
+
+
+@pytest.mark.parametrize(("chapter", "name"), FIGURES)
+def test_each_figure_says_its_seeds_and_leaves_no_parameter_open(built_book, chapter, name):
+    source, values = figure_cells(chapter)[name], parameters(chapter)
+    figure = page(built_book, f"executed/{chapter}").find("figure", id=name)
+    image, caption = figure.find("img"), words(figure.find("figcaption"))
+    assert re.match(r"Figure \d+ ", caption)
+    assert re.search(r"\bseeds?\b", caption)
+    if "{num_seeds}" in source["figure"]["caption"]:
+        assert f"{values['num_seeds']} seeds" in caption
+    assert not [p for p in values if f"{{{p}}}" in caption + image["alt"]]
+    assert image["alt"].split()[:5] == source["image"]["alt"].split()[:5]
+    assert len(image["alt"]) > 40
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_each_chapter_shows_its_figures_and_outputs_and_no_error(built_book, chapter):
+    shown = article(built_book, f"executed/{chapter}")
+    assert [f["id"] for f in shown.find_all("figure")] == list(figure_cells(chapter))
+    assert not shown.select(".traceback, .cell_output .stderr")
+    executed = nbformat.read(built_book.parent.parent / "book" / "executed" / f"{chapter}.ipynb", 4)
+    code = [c for c in executed.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert {o.output_type for c in code for o in c.outputs} <= {"stream", "display_data", "execute_result"}
+    assert not [o for c in code for o in c.outputs if o.get("name") == "stderr"]
+    assert executed.metadata["ntklib"]["preset"] == PRESET
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_each_chapter_shows_the_parameters_of_the_run(built_book, chapter):
+    shown = article(built_book, f"executed/{chapter}").get_text()
+    for name, value in chapters.preset_parameters(chapter, PRESET).items():
+        assert re.search(rf"^{name} = {re.escape(repr(value))}\b|^{name} = \"{value}\"", shown, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("claim", claims.load_claims())
+def test_the_ledger_has_a_row_with_a_verdict_for_every_claim(built_book, claim):
+    rows = [r for r in article(built_book, "claims").select("tr") if r.td and words(r.td) == claim]
+    assert len(rows) == 1
+    badge = rows[0].select_one(".verdict")
+    assert VERDICTS[words(badge)] in badge["class"]
+    chapter = claims.load_claims()[claim].chapter
+    if chapter in CHAPTERS:
+        assert rows[0].find("a", href=f"executed/{chapter}.html")
+    assert len(rows[0].find_all("td")) == 4
+
+
+def test_the_ledger_counts_its_verdicts_rightly(built_book):
+    shown = article(built_book, "claims")
+    badges = [words(b) for b in shown.select("td .verdict")]
+    said = re.findall(r"(\d+)\s+(holds|fails|inconclusive|not judged)", words(shown.find("p")))
+    assert {v: int(n) for n, v in said} == {
+        v: sum(b.startswith(v) for b in badges) for v in (claims.HOLDS, claims.FAILS, claims.INCONCLUSIVE, claims.NOT_JUDGED)
+    }
+
+
+def test_the_figure_index_lists_figure_1_of_the_main_paper(built_book):
+    rows = [[words(d) for d in r.find_all("td")] for r in article(built_book, "figures").select("tr")]
+    assert any("Figure 1" in row for row in rows)
+    for row in article(built_book, "figures").select("tbody tr"):
+        link = row.find_all("td")[-1].find("a")
+        file, anchor = target(built_book / "figures.html", link["href"])
+        assert words(link) in words(parsed(file).find("figure", id=anchor).find("figcaption"))
+
+
+def test_the_search_index_knows_the_subject(built_book):
+    text = (built_book / "searchindex.js").read_text(encoding="utf-8")
+    index = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
+    found = [index[part]["kernel"] for part in ("terms", "titleterms")]  # one page is a number, several are a list
+    pages = {index["docnames"][i] for f in found for i in (f if isinstance(f, list) else [f])}
+    assert {f"executed/{c}" for c in CHAPTERS} <= pages
+
+
+def test_the_download_button_gives_the_executed_notebook(built_book):
+    for chapter in CHAPTERS:
+        link = page(built_book, f"executed/{chapter}").select_one("a.btn-download-source-button")
+        file, _ = target(built_book / "executed" / f"{chapter}.html", link["href"])
+        assert nbformat.read(Path(file), 4).metadata["ntklib"]["chapter"] == chapter
