@@ -84,12 +84,21 @@ def wait_for(driver: webdriver.Chrome, condition: Callable[[], Any], message: st
 
 
 def resize(driver: webdriver.Chrome, size: tuple[int, int]) -> None:
-    """Give the page a viewport; a window, unlike this, cannot be as narrow as a phone."""
+    """Give the page a viewport, a phone's if it is that narrow, and wait until the page has come to rest in it.
+
+    A window, unlike a viewport, cannot be as narrow as a phone.
+    """
     width, height = size
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width == PHONE[0]}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    now = "return [window.innerWidth, window.innerHeight]"
-    wait_for(driver, lambda: driver.execute_script(now) == [width, height], f"the viewport did not become {width} x {height}")
+    driver.execute_async_script(
+        """
+        const done = arguments[arguments.length - 1];
+        const ends = a => a.effect && a.effect.getComputedTiming().endTime < Infinity;
+        const rest = () => Promise.allSettled(document.getAnimations().filter(ends).map(a => a.finished)).then(() => done());
+        requestAnimationFrame(() => requestAnimationFrame(rest));
+        """
+    )
 
 
 def console_errors(driver: webdriver.Chrome) -> list[str]:

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("NTKLIB_OFFLINE", "1")  # no test downloads
+torch.set_num_threads(1)  # tiny nets: threads that wait for each other cost far more than they give
 
 # annotations like Float[Tensor, "n c"] are checked at every call, in tests only
 NUMERIC = ("functional", "kernels", "estimators", "similarity", "linearized", "models", "data", "training")

@@ -149,7 +149,7 @@ def test_a_failing_cell_is_named_with_the_log_and_leaves_the_earlier_output(toy)
     before = good.output.read_bytes()
     task, failed, said = toy("raise RuntimeError('no luck')")
     assert failed
-    assert "FAILED in cell 2 of 2: RuntimeError: no luck" in said
+    assert "FAILED in cell 3 of 3: RuntimeError: no luck" in said
     assert str(task.log) in said
     assert "no luck" in task.log.read_text()
     assert task.output.read_bytes() == before
@@ -160,7 +160,7 @@ def test_a_failing_cell_is_named_with_the_log_and_leaves_the_earlier_output(toy)
 def test_a_killed_kernel_is_a_failure(toy):
     task, failed, said = toy("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert failed
-    assert "FAILED in cell 2 of 2: DeadKernelError" in said
+    assert "FAILED in cell 3 of 3: DeadKernelError" in said
     assert not task.output.exists()
 
 

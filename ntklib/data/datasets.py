@@ -190,7 +190,7 @@ def _torchvision(name: str, factory: Callable) -> tuple:
         looked = " and ".join(str(p) for p in locate(name))
         debian = ", or install Debian's package dataset-fashion-mnist" if name == "fashion_mnist" else ""
         msg = (
-            f"Dataset {name!r} was not found (whole and with the right checksums) in {looked}, and downloading it failed: {error}. "
+            f"Dataset {name!r} was not found whole in {looked}, and downloading it failed: {error}. "
             f"{place}{debian}, or set NTKLIB_DATA to the folder that holds {first.relative_to(root)}. "
             "Datasets that need no files: digits, mnist5k."
         )

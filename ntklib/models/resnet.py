@@ -32,7 +32,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """Residual network for small images: 3x3 stem without pooling, four stages, global average pooling, linear head.
 
-    The CIFAR variant of He et al. 2016 (arXiv:1512.03385v1, Table 1), used by the main paper as "ResNet18". Stage ``k`` has
+    The blocks of He et al. 2016 (arXiv:1512.03385v1, Table 1) behind the stem of their CIFAR networks (section 4.2), as is usual
+    for images of 32 pixels and meant by the main paper's "ResNet18". Stage ``k`` has
     ``width * 2**(k-1)`` channels (times 4 after bottlenecks); ``width=64`` is the standard network, 11.2 M parameters at depth 18
     with 3 input channels and 10 outputs. Inputs ``[n, in_channels, h, w]``, outputs ``[n, num_classes]`` (logits).
     """

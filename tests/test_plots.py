@@ -1,0 +1,81 @@
+"""Figures show what the tidy frame says."""
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+
+from ntklib import plots
+
+mpl.use("Agg")
+
+
+@pytest.fixture
+def history():
+    """Two complete runs and a diverged one: value = epoch * factor."""
+    rows = [
+        {
+            "run": run,
+            "epoch": float(epoch),
+            "split": "train",
+            "layer": "",
+            "quantity": "trace",
+            "value": epoch * factor,
+            "status": status,
+        }
+        for run, factor, status in (("a", 1.0, "complete"), ("b", 3.0, "complete"), ("c", 2.0, "diverged"))
+        for epoch in range(3)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def ax():
+    """Axes of a figure that is closed again."""
+    plots.use_style()
+    fig, ax = plots.figure()
+    yield ax
+    plots.plt.close(fig)
+
+
+def test_seed_curves_draw_mean_band_and_every_run(ax, history):
+    plots.seed_curves(ax, history, {"trace": "the trace"}, split="train")
+    thick = [line for line in ax.get_lines() if line.get_label() == "the trace"]
+    np.testing.assert_allclose(thick[0].get_ydata(), [0.0, 2.0, 4.0])
+    assert len(ax.get_lines()) == 4
+    band = ax.collections[0].get_paths()[0].vertices
+    sem = np.std([2.0, 6.0, 4.0], ddof=1) / np.sqrt(3)
+    assert band[:, 1].max() == pytest.approx(4.0 + sem)
+    assert ax.get_xlabel() == "epoch"
+
+
+def test_a_diverged_run_is_marked_where_it_ended(ax, history):
+    plots.mark_diverged(ax, history)
+    (cross,) = [line for line in ax.get_lines() if line.get_label() == "diverged"]
+    assert list(cross.get_xdata()) == [2.0]
+    before = len(ax.get_lines())
+    plots.mark_diverged(ax, history[history["status"] == "complete"])
+    plots.mark_diverged(ax, history.drop(columns="status"))
+    assert len(ax.get_lines()) == before
+
+
+def test_a_kernel_matrix_is_sorted_by_class(ax):
+    y = [1, 0, 1, 0]
+    kernel = np.equal.outer(y, y).astype(float)
+    plots.kernel_matrix(ax, kernel, y)
+    np.testing.assert_array_equal(ax.get_images()[0].get_array(), np.kron(np.eye(2), np.ones((2, 2))))
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1"]
+
+
+def test_a_spectrum_is_drawn_against_its_index_from_one(ax):
+    plots.spectrum(ax, np.array([4.0, 2.0, 1.0]))
+    x, y = ax.get_lines()[0].get_data()
+    assert (list(x), list(y)) == ([1, 2, 3], [4.0, 2.0, 1.0])
+
+
+def test_joined_legends_list_the_entries_of_all_axes(ax, history):
+    twin = ax.twinx()
+    plots.seed_curves(ax, history, {"trace": "one"})
+    plots.seed_curves(twin, history, {"trace": "two"}, first_style=1)
+    plots.join_legends(ax, twin)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["one", "two"]
