@@ -3,6 +3,7 @@
 import json
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,7 +20,8 @@ CONTENTS = yaml.safe_load((chapters.project_root() / "book" / "_toc.yml").read_t
 PAGES = [CONTENTS["root"], *(entry["file"] for part in CONTENTS["parts"] for entry in part["chapters"])]
 CHAPTERS = book.contents()
 PRESET = "smoke"  # of the runs behind the fixture's book
-RESOURCES = {"img": "src", "script": "src", "source": "src", "iframe": "src", "video": "src", "audio": "src", "object": "data", "link": "href"}
+RESOURCES = dict.fromkeys(["audio", "iframe", "img", "script", "source", "video"], "src") | {"object": "data", "link": "href"}
+OUTSIDE = re.compile(r"(?:@import|url\()\s*['\"]?(?:https?:)?//[^)'\"]*")  # in a style sheet
 VERDICTS = {
     claims.HOLDS: "verdict-holds",
     claims.FAILS: "verdict-fails",
@@ -85,7 +87,7 @@ def test_every_page_of_the_contents_is_there_with_one_title(built_book, name):
 @pytest.mark.parametrize("name", PAGES)
 def test_headings_descend_one_level_at_a_time(built_book, name):
     levels = [int(h.name[1]) for h in article(built_book, name).find_all(re.compile(r"^h[1-6]$"))]
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False)), levels
+    assert all(b <= a + 1 for a, b in pairwise(levels)), levels
 
 
 def test_the_sidebar_leads_to_every_page(built_book):
@@ -115,7 +117,9 @@ def test_no_page_loads_anything_from_outside(built_book):
             for element in parsed(path).find_all(tag, **{attribute: True}):
                 if urlsplit(element[attribute]).netloc:
                     outside.append(f"{path.name}: {element}")
-        outside += [f"{path.name}: {s}" for s in parsed(path).find_all("style") if re.search(r"@import|url\(['\"]?(https?:)?//", s.text)]
+        outside += [
+            f"{path.name}: {s}" for s in parsed(path).find_all("style") if re.search(r"@import|url\(['\"]?(https?:)?//", s.text)
+        ]
     for sheet in built_book.rglob("*.css"):
         text = sheet.read_text(encoding="utf-8")
         outside += [f"{sheet.name}: {m}" for m in re.findall(r"(?:@import|url\()\s*['\"]?(?:https?:)?//[^)'\"]*", text)]

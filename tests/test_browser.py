@@ -47,7 +47,7 @@ def wait_until_drawn(driver):
 
 
 def too_wide(driver, width):
-    """Elements that reach past the right edge, if the page scrolls sideways; a phone would zoom out, so ``width`` is what counts."""
+    """Elements past the right edge, if the page scrolls sideways; a phone would zoom out, so ``width`` is what counts."""
     return driver.execute_script(
         """
         const page = document.documentElement, width = arguments[0];

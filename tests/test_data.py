@@ -249,7 +249,7 @@ def test_a_truncated_or_empty_file_is_refused(name, file, lost, root, monkeypatc
     write(name, root, monkeypatch)
     path = root / FOLDERS.get(name, name) / file
     path.write_bytes(path.read_bytes()[:-lost] if lost else b"")
-    with pytest.raises(DatasetNotFoundError, match=f"was not found .whole.*{path.parent}"):
+    with pytest.raises(DatasetNotFoundError, match=f"was not found whole.*{path.parent}"):
         load("fashion_mnist" if name == "debian" else name)
 
 
