@@ -1,4 +1,4 @@
-"""A small training run for the tests to kill and to run twice: python killed_run.py ROOT [seconds between steps]."""
+"""A small training run for the tests to kill and to run twice: python killed_run.py ROOT SECONDS_BETWEEN_STEPS."""
 
 import sys
 import time
@@ -10,7 +10,6 @@ from ntklib import Run, accuracy, data, models, ntk_trace, sgd
 
 torch.set_num_threads(1)
 SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "batch_size": 32, "epochs": 6, "schedule": "cosine", "seed": 3}
-PAUSE = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
 
 images = data.load("digits", num_train=128, num_test=50, seed=0)
 model = models.build("resnet18", input_shape=images.input_shape, num_classes=10, width=2, seed=3)
@@ -19,5 +18,5 @@ with Run("killed", SETTINGS, save_every=0, root=Path(sys.argv[1])) as run:
         trace = ntk_trace(model, images.x_train[:8], method="output", generator=torch.Generator().manual_seed(0))
         run.log(state, split="train", loss=state.loss, trace=trace, accuracy=accuracy(model, images.x_train, images.y_train))
         print(f"step {state.step}", flush=True)
-        time.sleep(PAUSE)
+        time.sleep(float(sys.argv[2]))  # no plain value of this script: the key would depend on it
 print(f"{run.status} {run.key}", flush=True)

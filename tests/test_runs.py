@@ -236,8 +236,9 @@ def test_a_killed_process_resumes_to_the_history_of_an_uninterrupted_one(tmp_pat
     chance = random.Random(0)
     for _ in range(3):
         process = start(tmp_path / "killed", pause=0.3)
-        process.stdout.readline()  # training has begun
-        time.sleep(chance.uniform(0, 0.8))
+        for _ in range(2):
+            process.stdout.readline()  # at the second step the first one is saved
+        time.sleep(chance.uniform(0, 0.4))
         process.kill()
         process.wait()
     rest, _ = lines_of(start(tmp_path / "killed"))

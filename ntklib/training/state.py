@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn, optim
 
 
@@ -46,8 +47,12 @@ class State:
         if self.optimizer is None:
             return
         slots: dict[int, dict[str, Tensor]] = {}
+        params = [w for group in self.optimizer.param_groups for w in group["params"]]
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, slot = key.split(".", 2)
-                slots.setdefault(int(index), {})[slot] = value.clone()  # the optimizer keeps and updates what it is given
+                # a copy, as the optimizer updates what it is given; in the parameter's memory layout, as it was before
+                like = params[int(index)]
+                copy = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value.clone()
+                slots.setdefault(int(index), {})[slot] = copy.detach()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
