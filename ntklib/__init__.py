@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ntklib.chapters": ["Chapter"],
+    "ntklib.chapters": ["Chapter", "Provenance"],
     "ntklib.claims": ["Measured", "Verdicts", "over_seeds"],
     "ntklib.estimators": ["TraceEstimate", "ntk_trace"],
     "ntklib.functional": ["functional_model"],

@@ -1,7 +1,8 @@
 """A chapter: its notebook, its parameters, its presets, and what it hands on."""
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,8 +15,6 @@ from ntklib.paths import project_root
 from ntklib.settings import Settings
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ntklib.runs import RunResult
 
 PRESETS = ("smoke", "default", "paper")
@@ -139,21 +138,41 @@ class Chapter:
         return kind(**{**{k: v for k, v in self.parameters.items() if k in kind.model_fields}, **values})
 
 
-def provenance_table(chapter: Chapter, results: "Iterable[RunResult]") -> "pd.DataFrame":
-    """One row per run: seed, status, time, memory, machine, versions, commit, as a table for the foot of a chapter."""
-    import pandas as pd
+@dataclass(frozen=True)
+class Provenance:
+    """Where a chapter's numbers come from; displays itself at its foot as sentences and one row per run.
 
-    rows = []
-    for r in results:
-        last = r.sessions[-1]
-        rows.append({
-            "run": r.key[:8], "preset": chapter.preset, "seed": r.settings.get("seed"), "status": r.status,
-            "wall time (s)": round(sum(s["wall_seconds"] for s in r.sessions), 1), "peak memory (MiB)": last["peak_memory_mib"],
-            "device": last.get("gpu") or last["cpu"], "threads": last["threads"], "torch": last["versions"]["torch"],
-            "ntklib": last["versions"]["ntklib"], "commit": _commit(last["git"]), "computed (UTC)": last["ended"][:19],
-        })  # fmt: skip
-    return pd.DataFrame(rows).set_index("run")
+    Attributes:
+        chapter: The chapter.
+        results: Its runs.
+    """
+
+    chapter: Chapter
+    results: "Sequence[RunResult]"
+
+    def _repr_markdown_(self) -> str:
+        rows = ["| run | seed | status | wall time (s) | peak memory (MiB) |", "|---|---|---|---|---|"]
+        for r in self.results:
+            seconds = sum(s["wall_seconds"] for s in r.sessions)
+            memory = max(s["peak_memory_mib"] or 0 for s in r.sessions)
+            rows.append(f"| `{r.key[:8]}` | {r.settings.get('seed', '')} | {r.status} | {seconds:.0f} | {memory:.0f} |")
+        return "\n".join([f"Preset {self.chapter.preset}; {len(self.results)} runs. {self._machines()}", "", *rows])
+
+    def _machines(self) -> str:
+        """Machines, versions, commits and dates of all sessions, each once."""
+        sessions = [s for r in self.results for s in r.sessions]
+        once = lambda values: "; ".join(dict.fromkeys(values))  # noqa: E731
+        return (
+            f"Computed on {once(map(_machine, sessions))}, "
+            f"{once(s['ended'][:10] for s in sessions)} (UTC), with Python {once(s['versions']['python'] for s in sessions)}, "
+            f"torch {once(str(s['versions']['torch']) for s in sessions)}, ntklib {once(s['versions']['ntklib'] for s in sessions)}, "
+            f"commit {once(_commit(s['git']) for s in sessions)}."
+        )
+
+
+def _machine(session: Mapping[str, Any]) -> str:
+    return session.get("gpu") or f"{session['cpu']} with {session['threads']} thread(s) per run"
 
 
 def _commit(git: Mapping[str, Any]) -> str:
-    return "unknown" if not git["commit"] else git["commit"][:8] + (" + changes" if git["dirty"] else "")
+    return "unknown" if not git["commit"] else git["commit"][:8] + (" with local changes" if git["dirty"] else "")
