@@ -161,11 +161,12 @@ class Provenance:
     def _machines(self) -> str:
         """Machines, versions, commits and dates of all sessions, each once."""
         sessions = [s for r in self.results for s in r.sessions]
-        once = lambda values: "; ".join(dict.fromkeys(values))  # noqa: E731
+        once = lambda values: "; ".join(dict.fromkeys(map(str, values)))  # noqa: E731
+        versions = [s["versions"] for s in sessions]
         return (
             f"Computed on {once(map(_machine, sessions))}, "
-            f"{once(s['ended'][:10] for s in sessions)} (UTC), with Python {once(s['versions']['python'] for s in sessions)}, "
-            f"torch {once(str(s['versions']['torch']) for s in sessions)}, ntklib {once(s['versions']['ntklib'] for s in sessions)}, "
+            f"{once(s['ended'][:10] for s in sessions)} (UTC), with Python {once(v['python'] for v in versions)}, "
+            f"torch {once(v['torch'] for v in versions)}, ntklib {once(v['ntklib'] for v in versions)}, "
             f"commit {once(_commit(s['git']) for s in sessions)}."
         )
 
