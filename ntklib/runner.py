@@ -76,12 +76,16 @@ class Task:
 def make_task(chapter: str, preset: str = "default", overrides: Mapping[str, Any] | None = None) -> Task:
     """Check chapter, preset and parameters, before anything is started.
 
+    The default preset is what the notebook's parameters cell says, so that an edited cell counts (the chapter itself compares its
+    values with the preset's and does not judge claims when they differ); the other presets replace the values they name.
+
     Raises:
         ParameterError: With the nearest name, or an example of the type.
     """
     path = chapters.notebook_path(chapter)
     values = chapters.default_parameters(chapter)
-    values |= chapters.check_parameters(chapter, chapters.preset_parameters(chapter, preset))
+    named = chapters.preset_parameters(chapter, preset)
+    values |= {} if preset == "default" else chapters.check_parameters(chapter, named)
     changed = chapters.check_parameters(chapter, overrides or {})
     name = preset if chapters.same_experiment(values, values | changed) else chapters.CUSTOM
     values |= changed

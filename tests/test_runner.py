@@ -71,6 +71,15 @@ def test_a_changed_parameter_is_no_preset_any_more_and_another_stamp():
     assert runner.make_task("quickstart", "smoke", {"device": "cpu"}).preset == "smoke"
 
 
+def test_an_edited_parameters_cell_counts_at_the_default_preset(monkeypatch):
+    cell = chapters.default_parameters("quickstart")
+    monkeypatch.setattr(chapters, "default_parameters", lambda _: cell | {"width": 99})
+    task = runner.make_task("quickstart")
+    assert (task.preset, task.parameters["width"]) == ("default", 99)
+    assert chapters.Chapter("quickstart", task.parameters).preset == "custom"
+    assert runner.make_task("quickstart", "smoke").parameters["width"] == chapters.preset_parameters("quickstart", "smoke")["width"]
+
+
 def test_captions_are_filled_with_parameters_and_other_braces_stay():
     assert fill(r"{n} seeds, lr {lr}, $\frac{1}{2}$ {cite}`x`", {"n": 3, "lr": 0.1}) == r"3 seeds, lr 0.1, $\frac{1}{2}$ {cite}`x`"
 
