@@ -18,6 +18,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 import venv
 from pathlib import Path
@@ -66,9 +67,19 @@ def install(folder, extras):
                 show(f"  {count:3} packages found, at {line.split()[1]} ({time.monotonic() - started:.0f} s)")
             elif line.startswith("Installing collected"):
                 show(f"  {count:3} packages downloaded, unpacking them ({time.monotonic() - started:.0f} s)", last=True)
+                threading.Thread(target=heartbeat, args=(process, started), daemon=True).start()
     if process.wait():
         sys.exit(explain("".join(lines), log))
     print(f"  installed in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def heartbeat(process, started, every=20):
+    """pip says nothing while it unpacks several gigabytes: tell that it is still at it."""
+    while True:
+        time.sleep(every)
+        if process.poll() is not None:
+            return
+        print(f"      still unpacking ({time.monotonic() - started:.0f} s)", flush=True)
 
 
 def show(text, last=False, width=100):
