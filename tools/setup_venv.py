@@ -74,7 +74,7 @@ def install(folder, extras):
 
 
 def heartbeat(process, started, every=20):
-    """pip says nothing while it unpacks several gigabytes: tell that it is still at it."""
+    """Tell every 20 s that pip is still at it: it says nothing while it unpacks several gigabytes."""
     while True:
         time.sleep(every)
         if process.poll() is not None:
