@@ -16,6 +16,7 @@ _HOMES = {
     "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_diagonal"],
     "ntklib.linearized": ["constant_kernel_flow"],
     "ntklib.models": ["calibrate_batch_norm"],
+    "ntklib.reference": ["load_reference"],
     "ntklib.runs": ["Run", "RunResult", "combine"],
     "ntklib.settings": ["FullBatchSettings", "SupervisedSettings"],
     "ntklib.similarity": ["kernel_angle", "kernel_distance"],

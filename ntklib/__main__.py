@@ -14,6 +14,9 @@ from ntklib import chapters
 
 PRESET = click.option("--preset", default="default", show_default=True, help=f"One of: {', '.join(chapters.PRESETS)}.")
 JOBS = click.option("-j", "--jobs", default=min(2, os.cpu_count() or 1), show_default=True, help="Chapters at a time.")
+PARAMETERS = click.option(
+    "-p", "--parameter", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Change a parameter."
+)
 FORCE = click.option("--force", is_flag=True, help="Execute even what is up to date (cached runs are still found).")
 
 
@@ -27,7 +30,7 @@ def cli() -> None:
 @click.argument("chapter")
 @PRESET
 @FORCE
-@click.option("-p", "--parameter", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Change a parameter.")
+@PARAMETERS
 def run(chapter: str, preset: str, force: bool, parameters: tuple[tuple[str, str], ...]) -> None:
     """Execute one CHAPTER through papermill."""
     from ntklib import runner
@@ -90,6 +93,25 @@ def data() -> None:
         absent = f"absent; looked in {' and '.join(map(str, places))}"
         state = "carried by a package" if not places else next((f"in {p}" for p in places if p.exists()), absent)
         click.echo(f"{name:14} {state}")
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("chapter")
+@PRESET
+@FORCE
+@PARAMETERS
+def reference(name: str, chapter: str, preset: str, force: bool, parameters: tuple[tuple[str, str], ...]) -> None:
+    """Execute CHAPTER and keep its training histories with the book as NAME."""
+    from ntklib import reference as references
+    from ntklib import runner
+
+    task = runner.make_task(chapter, preset, {key: _value(value) for key, value in parameters})
+    if runner.run([task], force=force):
+        sys.exit(1)
+    words = [word for key, value in parameters for word in ("-p", key, value)]
+    command = " ".join(["python -m ntklib reference", name, chapter, "--preset", preset, *words])
+    click.echo(f"kept as {references.save_reference(name, chapter, task.preset, command)}")
 
 
 def _value(text: str) -> Any:

@@ -118,7 +118,7 @@ def _ledger_table(entries: Sequence[dict[str, Any]]) -> str:
             parts.append(f"{c['quantity']}{got} ({c['threshold']})")
         if e["seeds"]:
             parts.append(f"{_count(range(e['seeds']), 'seed')}; {e['hardware'] or 'closed form'}")
-        statement = f"{' '.join(e['statement'].split())} *{e['place']}.*"
+        statement = f"{' '.join(e['statement'].split())} ({e['place']})"
         verdict = f"{claims.badge(e['verdict'])}<br>{chapter}"
         rows.append(f"| **{e['id']}** | {verdict} | {_cell(statement)} | {_cell('<br>'.join(parts))} |")
     return "\n".join(rows)

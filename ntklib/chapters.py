@@ -172,7 +172,8 @@ class Provenance:
 
 
 def _machine(session: Mapping[str, Any]) -> str:
-    return session.get("gpu") or f"{session['cpu']} with {session['threads']} thread(s) per run"
+    threads = f"{session['threads']} thread{'s' if session['threads'] > 1 else ''}"
+    return session.get("gpu") or f"{session['cpu']} with {threads} per run"
 
 
 def _commit(git: Mapping[str, Any]) -> str:

@@ -199,12 +199,14 @@ class Verdicts:
 
     def save(self, results: "Iterable[RunResult]" = ()) -> Path:
         """Write all judgements of the chapter with their provenance, atomically, for the ledger."""
+        results = list(results)
         sessions = [s for r in results for s in r.sessions]
         record = {
             "chapter": self.chapter.name, "preset": self.chapter.preset, "parameters": self.chapter.parameters,
             "claims": {k: {"measured": [asdict(m) for m in j.measured], "seeds": j.seeds, "runs": j.runs}
                        for k, j in self.judgements.items()},
-            "hardware": hardware(sessions), "wall_seconds": round(sum(s["wall_seconds"] for s in sessions), 1),
+            "runs": [r.key for r in results], "hardware": hardware(sessions),
+            "wall_seconds": round(sum(s["wall_seconds"] for s in sessions), 1),
             "git": provenance.git_state(), "versions": provenance.versions(), "written": provenance.utc_now(),
         }  # fmt: skip
         path = runs_root() / "results" / self.chapter.preset / f"{self.chapter.name}.json"
@@ -214,7 +216,11 @@ class Verdicts:
 
 def hardware(sessions: Sequence[dict[str, Any]]) -> str:
     """The machines of some runs, each once."""
-    return "; ".join(dict.fromkeys(s.get("gpu") or f"{s['cpu']}, {s['threads']} thread(s) per run" for s in sessions))
+    return "; ".join(
+        dict.fromkeys(
+            s.get("gpu") or f"{s['cpu']}, {s['threads']} thread{'s' if s['threads'] > 1 else ''} per run" for s in sessions
+        )
+    )
 
 
 def ledger() -> list[dict[str, Any]]:

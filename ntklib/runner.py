@@ -47,6 +47,7 @@ class Task:
     steps: dict[str, tuple[int, int]] = field(default_factory=dict)  # label of a run -> steps done and in all
     expected: int = 0  # runs announced
     training_since: float = 0.0
+    spoken: float = 0.0  # when a line was last printed
     message: str = ""
 
     @property
@@ -101,39 +102,45 @@ def run(tasks: Sequence[Task], *, jobs: int = 1, force: bool = False, console: C
     Outputs that are up to date are left alone unless ``force``. On an interrupt all processes are ended first.
     """
     console = console or Console(stderr=True)
-    waiting = []
-    for task in tasks:
-        if task.up_to_date() and not force:
-            console.print(f"{task.chapter}: up to date ({_short(task.output)})", **PLAIN)
-        else:
-            waiting.append(task)
+    waiting = [task for task in tasks if force or not _is_done(task, console)]
     threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(waiting))))
     running: list[Task] = []
     failed: list[Task] = []
-    spoken = time.monotonic()
     try:
         with Live(console=console, transient=True, refresh_per_second=4) as live:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     running.append(_start(waiting.pop(0), threads))
                 time.sleep(0.2)
-                for task in list(running):
+                ended = [task for task in running if task.process is not None and task.process.poll() is not None]
+                for task in running:
                     _follow(task, console)
-                    if task.process is not None and task.process.poll() is not None:
-                        running.remove(task)
-                        _follow(task, console)
-                        failed += [] if _finish(task, console) else [task]
-                if console.is_terminal:
-                    live.update(_table(running))
-                elif time.monotonic() - spoken > PLAIN_EVERY:
-                    spoken = time.monotonic()
-                    for task in running:
-                        console.print(_line(task), **PLAIN)
+                running = [task for task in running if task not in ended]
+                failed += [task for task in ended if not _finish(task, console)]
+                _show(running, console, live)
     except BaseException:
         for task in running:
             _kill(task)
         raise
     return failed
+
+
+def _is_done(task: Task, console: Console) -> bool:
+    done = task.up_to_date()
+    if done:
+        console.print(f"{task.chapter}: up to date ({_short(task.output)})", **PLAIN)
+    return done
+
+
+def _show(running: Sequence[Task], console: Console, live: Live) -> None:
+    """One line per running chapter: redrawn on a terminal, repeated now and then elsewhere."""
+    if console.is_terminal:
+        live.update(_table(running))
+        return
+    for task in running:
+        if time.monotonic() - task.spoken > PLAIN_EVERY:
+            task.spoken = time.monotonic()
+            console.print("  ".join(_columns(task)), **PLAIN)
 
 
 def _start(task: Task, threads: int) -> Task:
@@ -148,7 +155,7 @@ def _start(task: Task, threads: int) -> Task:
         "source": str(chapters.notebook_path(task.chapter)), "output": str(task.output), "parameters": task.parameters,
         "stamp": task.stamp, "preset": task.preset, "chapter": task.chapter,
     }  # fmt: skip
-    task.started = time.monotonic()
+    task.started = task.spoken = time.monotonic()
     with task.log.open("wb") as log:
         log.write(f"{provenance.utc_now()} {task.chapter} preset={task.preset} {json.dumps(task.parameters)}\n".encode())
         log.flush()
@@ -206,10 +213,6 @@ def _table(running: Sequence[Task]) -> Table:
     for task in running:
         table.add_row(*_columns(task))
     return table
-
-
-def _line(task: Task) -> str:
-    return "  ".join(_columns(task))
 
 
 def _columns(task: Task) -> tuple[str, str, str, str, str]:

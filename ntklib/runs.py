@@ -236,6 +236,18 @@ class Run:
         self._rows = pd.read_parquet(io.BytesIO(history)).to_dict("records")
 
 
+def load_result(chapter: str, key: str, root: Path | None = None) -> RunResult:
+    """Return a stored run by its key.
+
+    Raises:
+        FileNotFoundError: If it is not in the store, or damaged.
+    """
+    folder = (root or runs_root()) / "store" / chapter / key
+    manifest = _manifest(folder)
+    frame = pd.read_parquet(io.BytesIO(_content(folder, manifest, "history")))
+    return RunResult(key, chapter, manifest["settings"], manifest["status"], frame, manifest["sessions"])
+
+
 def load_tensors_of(result: RunResult, root: Path | None = None) -> dict[str, Tensor]:
     """Return the last checkpoint of a run: ``model.*`` and ``optimizer.*`` tensors.
 
@@ -243,13 +255,24 @@ def load_tensors_of(result: RunResult, root: Path | None = None) -> dict[str, Te
         FileNotFoundError: If the run has no checkpoint, or it is damaged.
     """
     folder = (root or runs_root()) / "store" / result.chapter / result.key
+    return load_tensors(_content(folder, _manifest(folder), "checkpoint"))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     manifest = storage.read_json(folder / "run.json")
-    entry = (manifest or {"files": {}})["files"].get("checkpoint")
+    if manifest is None:
+        msg = f"There is no whole run in {folder}. Compute it again."
+        raise FileNotFoundError(msg)
+    return manifest
+
+
+def _content(folder: Path, manifest: dict[str, Any], kind: str) -> bytes:
+    entry = manifest["files"].get(kind)
     content = storage.read_checked(folder / entry["name"], entry["sha256"]) if entry else None
     if content is None:
-        msg = f"Run {result.key} has no whole checkpoint in {folder}. Delete the folder and compute it again."
+        msg = f"The run in {folder} has no whole {kind}. Delete the folder and compute it again."
         raise FileNotFoundError(msg)
-    return load_tensors(content)
+    return content
 
 
 def combine(results: Iterable[RunResult], *columns: str) -> pd.DataFrame:

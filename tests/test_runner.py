@@ -101,7 +101,7 @@ def test_a_line_of_progress_counts_announced_runs_and_estimates_the_rest(monkeyp
     task.steps, task.training_since = {"one": (50, 100), "two": (50, 100)}, 100.0
     monkeypatch.setattr("time.time", lambda: 130.0)
     monkeypatch.setattr("time.monotonic", lambda: 0.0)
-    line = runner._line(task)
+    line = "  ".join(runner._columns(task))
     assert "cell 3/9" in line
     assert "step 100 of 400" in line
     assert "1 min 00 s" in line

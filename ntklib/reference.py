@@ -1,0 +1,85 @@
+"""Results of larger runs that come with the book: small histories with their provenance, in ``book/reference/``."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ntklib import claims, provenance, runs, storage, text
+from ntklib.paths import project_root, runs_root
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A stored result.
+
+    Attributes:
+        name: Its name.
+        history: Tidy frame of all its runs, with the settings ``seed`` and ``status`` as columns.
+        about: Chapter, parameters, command, hardware, wall time, commit, versions, date.
+    """
+
+    name: str
+    history: pd.DataFrame
+    about: dict[str, Any]
+
+    def __str__(self) -> str:
+        a = self.about
+        made = f"{a['wall_seconds'] / 60:.0f} minutes of computing on {a['hardware']}, {a['written'][:10]}"
+        code = f"torch {a['versions']['torch']}, commit {str(a['git']['commit'])[:8]}"
+        return f"reference run {self.name}: {a['command']}\n({made}, {code})"
+
+
+def folder() -> Path:
+    """Folder of the committed results."""
+    return project_root() / "book" / "reference"
+
+
+def load_reference(name: str) -> Reference:
+    """Load a committed result.
+
+    Raises:
+        FileNotFoundError: If there is none of this name, or a file is damaged.
+    """
+    about = storage.read_json(folder() / f"{name}.json")
+    if about is None:
+        raise FileNotFoundError(text.unknown("reference result", name, [p.stem for p in folder().glob("*.json")]))
+    content = storage.read_checked(folder() / f"{name}.parquet", about["history_sha256"])
+    if content is None:
+        msg = f"{name}.parquet in {folder()} is missing or damaged. Restore it from the repository."
+        raise FileNotFoundError(msg)
+    return Reference(name, pd.read_parquet(io.BytesIO(content)), about)
+
+
+def save_reference(name: str, chapter: str, preset: str, command: str) -> Path:
+    """Write the training runs of the last execution of a chapter as a reference result; return the path of its description.
+
+    Args:
+        name: Name of the result.
+        chapter: Chapter whose results are kept.
+        preset: Preset it was executed at (``"custom"`` for changed parameters).
+        command: The command that computes it, for the reader.
+
+    Raises:
+        FileNotFoundError: If the chapter was not executed at this preset, or runs are gone from the store.
+    """
+    record = storage.read_json(runs_root() / "results" / preset / f"{chapter}.json")
+    if record is None:
+        msg = f"{chapter} has no results at preset {preset}. Execute it first: {command}"
+        raise FileNotFoundError(msg)
+    results = [runs.load_result(chapter, key) for key in record["runs"]]
+    trained = [r for r in results if int(r.history["step"].to_numpy().max()) > 0]
+    buffer = io.BytesIO()
+    runs.combine(trained, "seed").to_parquet(buffer, index=False, compression="zstd")
+    sessions = [s for r in trained for s in r.sessions]
+    about = {
+        "name": name, "chapter": chapter, "parameters": record["parameters"], "command": command,
+        "hardware": claims.hardware(sessions), "wall_seconds": round(sum(s["wall_seconds"] for s in sessions), 1),
+        "git": sessions[0]["git"], "versions": sessions[0]["versions"], "written": provenance.utc_now(),
+        "history_sha256": storage.sha256(buffer.getvalue()),
+    }  # fmt: skip
+    storage.write_atomic(folder() / f"{name}.parquet", buffer.getvalue())
+    storage.write_json(folder() / f"{name}.json", about)
+    return folder() / f"{name}.json"
