@@ -1,0 +1,68 @@
+"""Reference results come with their provenance, whole or not at all."""
+
+import pandas as pd
+import pytest
+
+from ntklib import Chapter, Run, Verdicts, chapters, data, load_reference, models, reference, sgd, storage
+
+SETTINGS = {"lr": 0.05, "batch_size": 16, "epochs": 2}
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """A chapter's record over two tiny training runs, and the folder of references in a place of its own."""
+    monkeypatch.setenv("NTKLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(reference, "folder", lambda: tmp_path / "reference")
+    results = []
+    for seed in range(2):
+        model = models.build("mlp", input_shape=(1, 8, 8), num_classes=10, width=4, seed=seed)
+        with Run("trace_evolution", {**SETTINGS, "seed": seed}) as run:
+            for state in run.states(sgd, model, data.load("digits", num_train=32, num_test=10)):
+                run.log(state, split="train", loss=state.loss)
+        results.append(run.result)
+    parameters = chapters.preset_parameters("trace_evolution", "default") | {"width": 3}
+    Verdicts(Chapter("trace_evolution", parameters)).save(results)
+    return results
+
+
+def test_a_reference_result_is_the_histories_of_the_runs_with_their_origin(stored):
+    reference.save_reference("tiny", "trace_evolution", "custom", "python -m ntklib reference tiny ...")
+    loaded = load_reference("tiny")
+    columns = list(stored[0].history.columns)
+    expected = pd.concat([r.history for r in stored], ignore_index=True)
+    pd.testing.assert_frame_equal(loaded.history[columns], expected, check_exact=True)
+    assert set(loaded.history["seed"]) == {0, 1}
+    assert loaded.about["parameters"]["width"] == 3
+    assert {"hardware", "wall_seconds", "git", "versions", "written", "command"} <= loaded.about.keys()
+    assert "reference run tiny: python -m ntklib reference tiny" in str(loaded)
+
+
+@pytest.mark.usefixtures("stored")
+def test_a_damaged_or_unknown_reference_is_refused():
+    reference.save_reference("tiny", "trace_evolution", "custom", "command")
+    path = reference.folder() / "tiny.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with (
+        pytest.warns(storage.DamagedFileWarning, match=r"tiny\.parquet is damaged"),
+        pytest.raises(FileNotFoundError, match="Restore it from the repository"),
+    ):
+        load_reference("tiny")
+    with pytest.raises(FileNotFoundError, match=r"Unknown reference result 'tinny'\. Did you mean 'tiny'\?"):
+        load_reference("tinny")
+
+
+def test_a_chapter_that_was_not_executed_gives_no_reference(tmp_path, monkeypatch):
+    monkeypatch.setenv("NTKLIB_RUNS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="trace_evolution has no results at preset paper. Execute it first: the command"):
+        reference.save_reference("x", "trace_evolution", "paper", "the command")
+
+
+def test_every_committed_reference_is_whole_and_says_which_chapter_it_belongs_to():
+    names = sorted(p.stem for p in reference.folder().glob("*.json"))
+    assert names
+    for name in names:
+        loaded = load_reference(name)
+        chapters.check_parameters(loaded.about["chapter"], loaded.about["parameters"])
+        assert loaded.history["seed"].nunique() == loaded.about["parameters"]["num_seeds"]
+        assert loaded.about["git"]["commit"]
+        assert loaded.about["git"]["dirty"] is False
