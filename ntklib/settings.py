@@ -47,16 +47,44 @@ class Settings(BaseModel):
         return type(self)(**{**self.model_dump(), **changes})
 
 
-class SupervisedSettings(Settings):
-    """One supervised training run on images, and what is measured along it.
+class ImageSettings(Settings):
+    """What every run on images has.
 
     Attributes:
         dataset: Name in ``ntklib.data``.
+        init: Initialization scheme.
+        seed: Seed of initialization, data subset and batches.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; resolved when the settings are made.
+    """
+
+    dataset: str
+    init: str = "standard"
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_device(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "device": resolve_device(values.get("device", "auto"))}
+
+    @model_validator(mode="after")
+    def _check_image_names(self) -> Self:
+        from ntklib import data, models
+
+        data.check_name(self.dataset)
+        if self.init not in models.SCHEMES:
+            raise ValueError(text.unknown("initialization", self.init, models.SCHEMES))
+        return self
+
+
+class SupervisedSettings(ImageSettings):
+    """One supervised training run on images, and what is measured along it.
+
+    Attributes:
         num_train: Class-balanced training subset; 0 for all.
         num_test: The same for test images.
         model: Name in ``ntklib.models``.
         width: Channels of the first stage, or hidden units.
-        init: Initialization scheme.
         lr: Learning rate at the first step.
         momentum: Momentum.
         weight_decay: Weight decay added to the gradient.
@@ -70,16 +98,12 @@ class SupervisedSettings(Settings):
         num_samples: Its draws.
         epsilon: Standard deviation of the main paper's weight perturbation.
         num_perturbations: Draws of the main paper's estimator.
-        seed: Seed of initialization, data subset and batches.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; resolved when the settings are made.
     """
 
-    dataset: str
     num_train: Annotated[int, Field(ge=0)] = 0
     num_test: Annotated[int, Field(ge=0)] = 0
     model: str
     width: Positive
-    init: str = "standard"
     lr: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -93,26 +117,17 @@ class SupervisedSettings(Settings):
     num_samples: Positive = 1
     epsilon: Annotated[float, Field(gt=0)] = 0.01
     num_perturbations: Positive = 1
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: str = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_device(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**values, "device": resolve_device(values.get("device", "auto"))}
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        from ntklib import data, models
+        from ntklib import models
         from ntklib.data.augment import augment_by_name
         from ntklib.training import SCHEDULES, loss_by_name
 
-        data.check_name(self.dataset)
         models.check_name(self.model)
         loss_by_name(self.loss)
         augment_by_name(self.augment)
         for kind, got, known in (
-            ("initialization", self.init, models.SCHEMES),
             ("schedule", self.schedule, SCHEDULES),
             ("method", self.method, ("exact", "output")),
         ):
@@ -124,42 +139,20 @@ class SupervisedSettings(Settings):
         return self
 
 
-class FullBatchSettings(Settings):
+class FullBatchSettings(ImageSettings):
     """One full-batch gradient-descent run with squared loss.
 
     Attributes:
-        dataset: Name in ``ntklib.data``.
         num_train: Class-balanced training subset.
         width: Hidden units per layer of the MLP.
-        init: Initialization scheme.
         lr_fraction: Learning rate as a fraction of the largest stable one at initialization, 2 n / lambda_max(K_0).
         steps: Gradient steps.
-        seed: Seed of initialization and data subset.
-        device: As in ``SupervisedSettings``.
     """
 
-    dataset: str
     num_train: Positive
     width: Positive
-    init: str = "standard"
     lr_fraction: Annotated[float, Field(gt=0)]
     steps: Positive
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: str = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_device(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**values, "device": resolve_device(values.get("device", "auto"))}
-
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        from ntklib import data, models
-
-        data.check_name(self.dataset)
-        if self.init not in models.SCHEMES:
-            raise ValueError(text.unknown("initialization", self.init, models.SCHEMES))
-        return self
 
 
 def resolve_device(device: str) -> str:
