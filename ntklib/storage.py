@@ -25,6 +25,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        Path(name).chmod(0o644)  # temporary files are private; results are not
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
