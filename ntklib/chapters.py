@@ -150,6 +150,9 @@ class Provenance:
     chapter: Chapter
     results: "Sequence[RunResult]"
 
+    def __repr__(self) -> str:
+        return f"{len(self.results)} runs of {self.chapter.name}, preset {self.chapter.preset}"
+
     def _repr_markdown_(self) -> str:
         rows = ["| run | seed | status | wall time (s) | peak memory (MiB) |", "|---|---|---|---|---|"]
         for r in self.results:

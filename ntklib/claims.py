@@ -132,6 +132,9 @@ class Judgement:
         """Index of the criterion that decided: the first failing one, else the first inconclusive one, else the first."""
         return next((self.parts.index(v) for v in (FAILS, INCONCLUSIVE) if v in self.parts), 0)
 
+    def __repr__(self) -> str:
+        return f"claim {self.claim.id}: {self.verdict} ({'; '.join(map(number, self.measured))})"
+
     def _repr_markdown_(self) -> str:
         rows = "\n".join(
             f"| {c.quantity} | {c.threshold} | {number(m)} | {v} |"

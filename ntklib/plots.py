@@ -57,7 +57,7 @@ def seed_curves(
         kept = kept if wanted is None else kept[kept[column] == wanted]
     for i, (quantity, label) in enumerate(labels.items(), first_style):
         part = pd.DataFrame(kept[kept["quantity"] == quantity])
-        table = part.pivot_table(index=x, columns="run", values="value")
+        table = part.pivot_table(index=x, columns="run", values="value").replace([np.inf, -np.inf], np.nan)
         color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
         ax.plot(table.index, table.to_numpy(), color=color, linewidth=0.6, alpha=0.35)
         mean, sem = table.mean(axis=1), table.sem(axis=1).fillna(0.0)

@@ -49,6 +49,13 @@ def test_seed_curves_draw_mean_band_and_every_run(ax, history):
     assert ax.get_xlabel() == "epoch"
 
 
+def test_infinite_values_of_a_diverged_run_leave_the_others_drawn(ax, history):
+    history.loc[history["run"] == "c", "value"] = np.inf
+    plots.seed_curves(ax, history, {"trace": "the trace"})
+    (thick,) = [line for line in ax.get_lines() if line.get_label() == "the trace"]
+    np.testing.assert_allclose(thick.get_ydata(), [0.0, 2.0, 4.0])
+
+
 def test_a_diverged_run_is_marked_where_it_ended(ax, history):
     plots.mark_diverged(ax, history)
     (cross,) = [line for line in ax.get_lines() if line.get_label() == "diverged"]
