@@ -156,11 +156,13 @@ def badge(verdict: str) -> str:
 
 
 def number(measured: Measured) -> str:
-    """Value with its standard error, to two digits of the error."""
+    """Value with its standard error, to two digits of the error; large numbers with an exponent."""
     if not math.isfinite(measured.value):
         return str(measured.value)
     if math.isnan(measured.sem):
         return f"{measured.value:.3g} (standard error unknown)"
+    if abs(measured.value) >= 1e5 or not math.isfinite(measured.sem):
+        return f"{measured.value:.3g} ± {measured.sem:.2g}"
     if measured.sem == 0:
         return f"{measured.value:.4g}"
     digits = max(0, 1 - math.floor(math.log10(measured.sem)))

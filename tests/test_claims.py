@@ -54,6 +54,9 @@ def test_a_number_shows_two_digits_of_its_error():
     assert number(Measured(1.23456, 0.0123)) == "1.235 ± 0.012"
     assert number(Measured(123.4, 56.0)) == "123 ± 56"
     assert number(Measured(2.0)) == "2"
+    assert number(Measured(1.7e15, 1.6e15)) == "1.7e+15 ± 1.6e+15"
+    assert number(Measured(math.inf, math.nan)) == "inf"
+    assert number(Measured(3.0, math.inf)) == "3 ± inf"
     assert "unknown" in number(Measured(2.0, math.nan))
 
 
