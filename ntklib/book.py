@@ -118,7 +118,8 @@ def _ledger_table(entries: Sequence[dict[str, Any]]) -> str:
             parts.append(f"{c['quantity']}{got} ({c['threshold']})")
         if e["seeds"]:
             parts.append(f"{_count(range(e['seeds']), 'seed')}; {e['hardware'] or 'closed form'}")
-        statement = f"{' '.join(e['statement'].split())} ({e['place']})"
+        note = f"<br>*Note.* {' '.join(e['note'].split())}" if e["note"] else ""
+        statement = f"{' '.join(e['statement'].split())} ({e['place']}){note}"
         verdict = f"{claims.badge(e['verdict'])}<br>{chapter}"
         rows.append(f"| **{e['id']}** | {verdict} | {_cell(statement)} | {_cell('<br>'.join(parts))} |")
     return "\n".join(rows)

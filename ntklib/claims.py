@@ -248,7 +248,7 @@ def _entry(claim: Claim, record: dict[str, Any] | None) -> dict[str, Any]:
         "id": claim.id, "source": claim.source, "place": claim.place, "statement": claim.statement.strip(), "kind": claim.kind,
         "chapter": claim.chapter, "preset": claim.preset, "quantity": claim.criteria[0].quantity, "value": None, "sem": None,
         "seeds": None, "threshold": claim.criteria[0].threshold, "verdict": NOT_JUDGED, "run": None, "hardware": None,
-        "criteria": [{"quantity": c.quantity, "threshold": c.threshold} for c in claim.criteria],
+        "criteria": [{"quantity": c.quantity, "threshold": c.threshold} for c in claim.criteria], "note": claim.note.strip(),
     }  # fmt: skip
     if record is None:
         return entry
