@@ -1,6 +1,7 @@
 """The built book is whole: pages, links, figures with their words, the ledger and the index."""
 
 import json
+import math
 import re
 from functools import cache
 from itertools import pairwise
@@ -8,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from bs4 import BeautifulSoup
@@ -224,3 +226,40 @@ def test_the_download_button_gives_the_executed_notebook(built_book):
         link = page(built_book, f"executed/{chapter}").select_one("a.btn-download-source-button")
         file, _ = target(built_book / "executed" / f"{chapter}.html", link["href"])
         assert nbformat.read(Path(file), 4).metadata["ntklib"]["chapter"] == chapter
+
+
+def record_of(built_book):
+    """What the trace chapter measured at smoke, and a reader of its stored histories by key."""
+    runs = built_book.parent.parent / "runs"
+    record = json.loads((runs / "results" / "smoke" / "trace_evolution.json").read_text())
+    store = runs / "store" / "trace_evolution"
+    return record, lambda key: pd.read_parquet(next((store / key).glob("history-*.parquet")))
+
+
+def test_identities_hold_in_the_chapters_at_any_preset(built_book):
+    """They are computed on small nets that no preset changes, so a wrong formula in a chapter shows here."""
+    record, _ = record_of(built_book)
+    listed = claims.load_claims()
+    identities = [i for i in record["claims"] if listed[i].kind == "identity"]
+    assert {"A1", "A1v"} <= set(identities)
+    for i in identities:
+        measured = [claims.Measured(**m) for m in record["claims"][i]["measured"]]
+        judgement = claims.Judgement(listed[i], measured, 1, "smoke")
+        assert judgement.parts == [claims.HOLDS] * len(measured), (i, measured)
+
+
+def test_statistics_of_the_chapter_follow_from_the_stored_histories(built_book):
+    record, history = record_of(built_book)
+
+    def values(key, quantity, **where):
+        rows = history(key)
+        for column, wanted in {"quantity": quantity, **where}.items():
+            rows = rows[rows[column] == wanted]
+        return rows["value"].to_numpy()
+
+    found = {i: entry["measured"][0]["value"] for i, entry in record["claims"].items()}
+    keys = record["claims"]["N1"]["runs"]
+    logs = [math.log10(values(k, "trace_running", epoch=1.0)[0] / values(k, "trace", epoch=1.0)[0]) for k in keys]
+    assert found["N1"] == pytest.approx(sum(logs) / len(logs), rel=1e-12)
+    ratios = [values(k, "ratio", layer="0.01")[0] for k in record["claims"]["A1e"]["runs"]]
+    assert found["A1e"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-12)
