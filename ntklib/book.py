@@ -11,7 +11,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from ntklib import chapters, claims, storage
+from ntklib import claims, storage
 from ntklib.paths import project_root, runs_root
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # the package has no __main__, and scripts may not be on the path
@@ -162,6 +162,3 @@ def run_and_build(preset: str, tasks_jobs: int, console: Any) -> Path:
         raise BuildError(msg)
     console.print("building the pages", highlight=False)
     return build(preset)
-
-
-__all__ = ["BuildError", "build", "chapters", "claims_page", "contents", "copy_executed", "figures_page", "run_and_build"]

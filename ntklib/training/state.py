@@ -1,7 +1,6 @@
 """What a training loop yields: the model at a measured step, and all that is needed to go on from it."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn, optim
@@ -30,7 +29,6 @@ class State:
     optimizer: optim.Optimizer | None = None
     total_steps: int = 0
     diverged: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors a resumed run needs, by name: ``model.<name>`` and ``optimizer.<index>.<slot>``."""
