@@ -3,8 +3,12 @@
 Importing the package imports no torch; public names load their module when first used.
 """
 
+import os
 from importlib import import_module
 from typing import Any
+
+# large tensors in large pages: entering new memory page by page would take up to a third of a kernel's time
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 
@@ -13,7 +17,7 @@ _HOMES = {
     "ntklib.claims": ["Measured", "Verdicts", "over_seeds"],
     "ntklib.estimators": ["TraceEstimate", "ntk_trace"],
     "ntklib.functional": ["functional_model"],
-    "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_diagonal"],
+    "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"],
     "ntklib.linearized": ["constant_kernel_flow"],
     "ntklib.models": ["calibrate_batch_norm"],
     "ntklib.reference": ["load_reference"],

@@ -1,15 +1,17 @@
 """The trace of the empirical NTK: exact, and estimated with standard errors."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ntklib.functional import Model, Params, functional_model
-from ntklib.kernels.jacobian import directional_derivative, examples_per_chunk, gradient_square_norms, jacobian, random_direction
+from ntklib.functional import Params
+from ntklib.kernels.evaluate import Request, prepared, square_norms_along
+from ntklib.kernels.jacobian import directional_derivative, random_direction
+from ntklib.kernels.streaming import Program
 from ntklib.text import unknown
 
 DRAW_BUDGET = 2**24  # scalars of perturbed parameters held at a time
@@ -23,15 +25,17 @@ class TraceEstimate:
         mean: The exact trace, or the mean over draws.
         sem: Standard error of the mean over draws: 0 for the exact trace, nan for a single draw.
         num_samples: Number of draws; 0 for the exact trace.
+        cost: Multiply-adds spent, in units of one forward pass on all examples (counted, not timed).
     """
 
     mean: float
     sem: float
     num_samples: int
+    cost: float = math.nan
 
     @property
     def variance(self) -> float:
-        """Sample variance of one draw (with n - 1)."""
+        """Sample variance of one draw (with n - 1), for independent draws."""
         return self.sem**2 * self.num_samples
 
 
@@ -42,9 +46,13 @@ def ntk_trace(
     method: str = "exact",
     num_samples: int = 1,
     epsilon: float | None = None,
+    probes: str = "rademacher",
     normalize: bool = True,
     generator: torch.Generator | None = None,
+    output: str | None = None,
+    params: Iterable[str] | None = None,
     chunk_size: int | None = None,
+    max_memory: int | None = None,
 ) -> TraceEstimate:
     r"""Compute or estimate the trace of the empirical NTK of ``model`` on ``x``.
 
@@ -63,40 +71,53 @@ def ntk_trace(
                      probability 1/2 (Hutchinson in output space)
     ================ ============================================================ =================================
 
-    (variances of the unnormalised trace; K_ii is the c x c block of example i). The O(epsilon^2) term of ``perturbation`` is
-    epsilon^2 sum_a [(tr H_a)^2/4 + ||H_a||_F^2/2 + <J_a, grad tr H_a>] over all outputs a with Hessian H_a: the estimate means
-    something only where it does not depend on epsilon.
+    (variances of the unnormalised trace; K_ii is the c x c block of example i). With ``probes="orthogonal"`` the directions of one
+    example are rows of sqrt(c) times a random orthogonal matrix: the error falls faster with the number of draws and is 0 at c; the
+    standard error then carries the factor sqrt(1 - num_samples / c), which is exact for draws without replacement from a frame. The
+    O(epsilon^2) term of ``perturbation`` is epsilon^2 sum_a [(tr H_a)^2/4 + ||H_a||_F^2/2 + <J_a, grad tr H_a>] over all outputs a
+    with Hessian H_a: the estimate means something only where it does not depend on epsilon.
 
     Args:
         model: Network in eval mode, ``[n, *input] -> [n, c]``; left exactly as it was.
         x: Inputs, ``[n, *input]``.
         method: See the table.
-        num_samples: Independent draws, averaged; not used by ``exact``.
+        num_samples: Draws, averaged; not used by ``exact``.
         epsilon: Standard deviation of each parameter's perturbation, for ``perturbation`` only, which requires it.
+        probes: ``"rademacher"`` or ``"orthogonal"`` (at most c draws), for ``output``.
         normalize: Divide by n c.
-        generator: Source of randomness. The same state at two checkpoints gives common random numbers. Default: torch's global.
-        chunk_size: Examples whose gradients are held at a time. Default: as many as fit in 512 MiB.
+        generator: Source of randomness. The same state at two checkpoints gives common random numbers, so that differences of
+            estimates are far more certain than the estimates. Default: torch's global.
+        output: Name of an inner module whose output, flattened, is f in place of the model's.
+        params: Names of the trainable parameters that count. Default: all.
+        chunk_size: Examples worked on at a time. Default: as many as fit in ``max_memory``.
+        max_memory: Bytes that the work may take. Default: half of the free memory.
 
     Raises:
-        ValueError: If rows interact, a name is unknown, or an option does not fit the method.
+        ValueError: If rows interact, a name is unknown, an option does not fit the method, or inputs are empty or not finite.
     """
-    _check_options(method, num_samples, epsilon)
-    f, params = functional_model(model)
-    with torch.no_grad():
-        base = f(params, x)
-        scale = 1 / base.numel() if normalize else 1.0
-        if method == "exact":
-            size = examples_per_chunk(params, base.shape[1], chunk_size)
-            total = sum(float(j.square().sum(dtype=torch.float64)) for part in x.split(size) for j in jacobian(f, params, part))
-            return TraceEstimate(scale * total, 0.0, 0)
-        generator = generator if generator is not None else torch.default_generator
-        problem = _Problem(f, params, x, base, num_samples, generator, epsilon, chunk_size)
-        draws = scale * torch.cat(list(_SAMPLERS[method](problem))).double()
-    sem = float(draws.std() / math.sqrt(num_samples)) if num_samples > 1 else math.nan
-    return TraceEstimate(float(draws.mean()), sem, num_samples)
+    _check_options(method, num_samples, epsilon, probes)
+    request = Request(model, x, None, "norms", "auto", output, params, chunk_size, max_memory, progress=False)
+    if method == "exact":
+        return _exact(request, normalize)
+    generator = generator if generator is not None else torch.default_generator
+    with prepared(request) as (program, x, _), torch.no_grad():
+        problem = _Problem(program, x, num_samples, generator, epsilon, probes, chunk_size, max_memory)
+        draws, cost = _SAMPLERS[method](problem)
+        draws = draws.double() / (len(x) * program.c if normalize else 1)
+        share = 1 - num_samples / program.c if method == "output" and probes == "orthogonal" else 1.0
+    sem = float(draws.std() * math.sqrt(share / num_samples)) if num_samples > 1 else math.nan
+    return TraceEstimate(float(draws.mean()), 0.0 if share == 0 else sem, num_samples, cost)
 
 
-def _check_options(method: str, num_samples: int, epsilon: float | None) -> None:
+def _exact(request: Request, normalize: bool) -> TraceEstimate:
+    with prepared(request) as (program, x, _):
+        v = torch.eye(program.c).to(program.like).expand(len(x), -1, -1)
+        norms = square_norms_along(program, x, v, chunk_size=request.chunk_size, max_memory=request.max_memory)
+        total = float(norms.sum(dtype=torch.float64))
+        return TraceEstimate(total / (norms.numel() if normalize else 1), 0.0, 0, 1 + program.c * program.cost_k)
+
+
+def _check_options(method: str, num_samples: int, epsilon: float | None, probes: str) -> None:
     known = ("exact", *_SAMPLERS)
     if method not in known:
         raise ValueError(unknown("method", method, known))
@@ -105,6 +126,11 @@ def _check_options(method: str, num_samples: int, epsilon: float | None) -> None
         raise ValueError(msg)
     if method != "perturbation" and epsilon is not None:
         msg = f"epsilon belongs to method='perturbation' only. Got epsilon={epsilon} with method={method!r}."
+        raise ValueError(msg)
+    if probes not in PROBES:
+        raise ValueError(unknown("kind of probes", probes, PROBES))
+    if method != "output" and probes != "rademacher":
+        msg = f"probes belongs to method='output' only. Got probes={probes!r} with method={method!r}."
         raise ValueError(msg)
     if num_samples < 1:
         msg = f"num_samples must be at least 1. Got {num_samples}."
@@ -115,50 +141,79 @@ def _check_options(method: str, num_samples: int, epsilon: float | None) -> None
 class _Problem:
     """What every estimator needs: the function, where it is differentiated, and how to draw."""
 
-    f: Model
-    params: Params
+    program: Program
     x: Tensor
-    outputs: Tensor  # f(params, x), [n, c]
     num_samples: int
     generator: torch.Generator
     epsilon: float | None
+    probes: str
     chunk_size: int | None
+    max_memory: int | None
+
+    def f(self, params: Params) -> Tensor:
+        return self.program.f(params, self.x)
+
+    @property
+    def params(self) -> Params:
+        return self.program.params
 
 
-def _per_draw(q: _Problem, measure: Callable[[Params], Tensor]) -> Iterator[Tensor]:
+Drawn = tuple[Tensor, float]  # draws [num_samples], cost
+
+
+def _per_draw(q: _Problem, measure: Callable[[Params], Tensor]) -> Tensor:
     """Apply ``measure`` to standard normal directions, as many at a time as fit: ``measure(direction) -> scalar``."""
     p = sum(w.numel() for w in q.params.values())
     size = max(1, min(q.num_samples, DRAW_BUDGET // (8 * p)))
+    draws: list[Tensor] = []
     for start in range(0, q.num_samples, size):
         directions = random_direction(q.params, min(size, q.num_samples - start), q.generator)
         if size == 1:  # a large net: convolutions with one set of weights are faster unbatched
-            yield measure({k: d[0] for k, d in directions.items()})[None]
+            draws.append(measure({k: d[0] for k, d in directions.items()})[None])
         else:
-            yield vmap(measure)(directions)
+            draws.append(vmap(measure)(directions))
+    return torch.cat(draws)
 
 
-def _perturbation(q: _Problem) -> Iterator[Tensor]:
+def _perturbation(q: _Problem) -> Drawn:
     assert q.epsilon is not None
-    epsilon = q.epsilon
+    epsilon, base = q.epsilon, q.f(q.params)
 
     def measure(direction: Params) -> Tensor:
-        moved = q.f({k: w + epsilon * direction[k] for k, w in q.params.items()}, q.x)
-        return (moved - q.outputs).square().sum() / epsilon**2
+        moved = q.f({k: w + epsilon * direction[k] for k, w in q.params.items()})
+        return (moved - base).square().sum() / epsilon**2
 
-    return _per_draw(q, measure)
-
-
-def _jvp(q: _Problem) -> Iterator[Tensor]:
-    return _per_draw(q, lambda direction: directional_derivative(q.f, q.params, q.x, direction).square().sum())
+    return _per_draw(q, measure), 1.0 + q.num_samples
 
 
-def _output(q: _Problem) -> Iterator[Tensor]:
-    size = examples_per_chunk(q.params, 1, q.chunk_size)
-    for _ in range(q.num_samples):
-        coin = torch.randint(2, q.outputs.shape, generator=q.generator, device=q.generator.device).to(q.outputs)
-        signs = 2 * coin - 1  # [n, c], Rademacher
-        parts = zip(q.x.split(size), signs.split(size), strict=True)
-        yield torch.stack([gradient_square_norms(q.f, q.params, a, v).sum() for a, v in parts]).sum()[None]
+def _jvp(q: _Problem) -> Drawn:
+    def measure(direction: Params) -> Tensor:
+        return directional_derivative(q.program.f, q.params, q.x, direction).square().sum()
+
+    return _per_draw(q, measure), 3.0 * q.num_samples  # outputs, and two products per layer for their derivative
 
 
-_SAMPLERS: dict[str, Callable[[_Problem], Iterator[Tensor]]] = {"perturbation": _perturbation, "jvp": _jvp, "output": _output}
+def _output(q: _Problem) -> Drawn:
+    n, c = len(q.x), q.program.c
+    v = PROBES[q.probes](n, q.num_samples, c, q.generator).to(q.program.like)
+    norms = square_norms_along(q.program, q.x, v, chunk_size=q.chunk_size, max_memory=q.max_memory)
+    return norms.sum(0), 1.0 + q.num_samples * q.program.cost_k
+
+
+def _rademacher(n: int, q: int, c: int, generator: torch.Generator) -> Tensor:
+    coin = torch.randint(2, (q, n, c), generator=generator, device=generator.device)
+    return (2 * coin - 1).transpose(0, 1)
+
+
+def _orthogonal(n: int, q: int, c: int, generator: torch.Generator) -> Tensor:
+    """Rows of sqrt(c) times a Haar-distributed orthogonal matrix, by QR with the signs of R taken out (Mezzadri 2007)."""
+    if q > c:
+        msg = f"Orthogonal probes must be at most as many as outputs, {c}, where the trace is exact. Got num_samples={q}."
+        raise ValueError(msg)
+    draw = torch.randn(n, c, q, generator=generator, dtype=torch.float64, device=generator.device)
+    frame, r = torch.linalg.qr(draw)
+    return math.sqrt(c) * (frame * r.diagonal(dim1=1, dim2=2).sign()[:, None]).mT
+
+
+PROBES: dict[str, Callable[[int, int, int, torch.Generator], Tensor]] = {"rademacher": _rademacher, "orthogonal": _orthogonal}
+_SAMPLERS: dict[str, Callable[[_Problem], Drawn]] = {"perturbation": _perturbation, "jvp": _jvp, "output": _output}

@@ -1,16 +1,15 @@
-"""The empirical NTK, exact, in chunks of examples."""
+"""The empirical NTK, exact: the public door."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntklib.functional import Model, Params, functional_model
-from ntklib.kernels.jacobian import examples_per_chunk, jacobian
+from ntklib.kernels.evaluate import METHODS, Request, evaluate
 from ntklib.text import unknown
 
-METHODS = ("auto", "jacobian")
+__all__ = ["METHODS", "empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"]
 REDUCTIONS = ("trace", "diagonal")
 
 
@@ -21,119 +20,125 @@ def empirical_ntk(
     *,
     reduce: str | None = None,
     method: str = "auto",
+    output: str | None = None,
+    params: Iterable[str] | None = None,
     chunk_size: int | None = None,
+    max_memory: int | None = None,
+    tf32: bool = False,
+    progress: bool = True,
 ) -> Tensor:
     r"""Compute the empirical neural tangent kernel of every pair of inputs.
 
     .. math:: K_{ij,ab} = \langle \nabla_\theta f_a(x_i), \nabla_\theta f_b(x_j) \rangle
 
     (Jacot et al. 2018, arXiv:1806.07572v4, Eq. 2, at finite width; K = J J^T of the main paper's section 3.) No normalisation: no
-    factor 1/c, 1/n or 1/width; all trainable parameters count, biases and normalisation scales included. Batch normalisation must
-    be in eval mode. Cost: c backward passes per example (twice or more when the Jacobians of all examples exceed the chunk) and
-    2 (n c)^2 p floating-point operations; memory: (n1 c)(n2 c) numbers of the result and 2 chunks of c p numbers per example.
+    factor 1/c, 1/n or 1/width; all trainable parameters count, biases and normalisation scales included. Every example is
+    evaluated alone, batch normalisation must be in eval mode. The book's page on memory and speed has the costs.
 
     Args:
         model: Network in eval mode, ``[n, *input] -> [n, c]``. It is left exactly as it was.
         x1: First inputs, ``[n1, *input]``.
         x2: Second inputs, ``[n2, *input]``. Default: ``x1``, and the kernel is then exactly symmetric.
         reduce: ``None`` for ``[n1, n2, c, c]``; ``"trace"`` for the sum over outputs a = b, ``[n1, n2]``; ``"diagonal"`` for the
-            entries a = b, ``[n1, n2, c]``.
-        method: ``"jacobian"`` or ``"auto"``, which chooses.
-        chunk_size: Examples whose Jacobians are held at a time. Default: as many as fit in 512 MiB.
+            entries a = b, ``[n1, n2, c]``. Both cost less.
+        method: ``"structured"`` streams layers and writes out gradients only of parameters that no rule covers; ``"jacobian"``
+            writes out all gradients; ``"auto"`` streams where that works.
+        output: Name of an inner module whose output (of its first call, flattened) is f in place of the model's.
+        params: Names of the trainable parameters that count. Default: all.
+        chunk_size: Examples worked on at a time. Default: as many as fit in ``max_memory``.
+        max_memory: Bytes that the result and the work may take. Default: half of the free memory.
+        tf32: Allow TensorFloat-32 products on a GPU: several times faster, relative errors near 1e-3.
+        progress: Show a bar when the work takes more than a few seconds.
 
     Returns:
-        The kernel, example-major, in the dtype of the parameters and outputs.
+        The kernel, example-major, in the dtype of the outputs.
 
     Raises:
-        ValueError: If rows interact (batch normalisation in training mode), an option is unknown, or shapes do not fit.
+        ValueError: If rows interact (batch normalisation in training mode), an option is unknown, inputs are empty, not finite or
+            of unlike shape, or the kernel does not fit in memory.
     """
-    if method not in METHODS:
-        raise ValueError(unknown("method", method, METHODS))
     if reduce is not None and reduce not in REDUCTIONS:
         raise ValueError(unknown("reduction", reduce, REDUCTIONS))
-    if x2 is not None and x1.shape[1:] != x2.shape[1:]:
-        msg = f"x1 and x2 must share the input shape. Got {tuple(x1.shape)} and {tuple(x2.shape)}."
-        raise ValueError(msg)
-    for name, x in (("x1", x1), ("x2", x1 if x2 is None else x2)):
-        if len(x) == 0:
-            msg = f"{name} must hold at least one example. Got shape {tuple(x.shape)}."
-            raise ValueError(msg)
-    f, params = functional_model(model)
-    with torch.no_grad():
-        c = f(params, x1[:1]).shape[1]
-    size = examples_per_chunk(params, c, chunk_size)
-    if x2 is None:
-        return _symmetric(f, params, x1, c, size, reduce)
-    rows = []
-    for _, j1 in _jacobians(f, params, x1, size):
-        rows.append(torch.cat([_contract(j1, j2, reduce) for _, j2 in _jacobians(f, params, x2, size)], dim=1))
-    return torch.cat(rows)
+    request = Request(model, x1, x2, reduce, method, output, params, chunk_size, max_memory, tf32, progress)
+    return evaluate(request)[""]
 
 
-def ntk_diagonal(model: nn.Module, x: Tensor, *, chunk_size: int | None = None) -> Float[Tensor, "n c c"]:
-    r"""Compute the blocks :math:`K_{ii,ab}` of the empirical NTK, one per example.
+def ntk_by_layer(
+    model: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None = None,
+    *,
+    reduce: str | None = None,
+    output: str | None = None,
+    params: Iterable[str] | None = None,
+    chunk_size: int | None = None,
+    max_memory: int | None = None,
+    tf32: bool = False,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    r"""Compute every layer's contribution to the empirical NTK, in one pass.
+
+    .. math:: K = \sum_\ell K^{(\ell)}, \qquad K^{(\ell)}_{ij,ab} = \langle \nabla_{\theta_\ell} f_a(x_i), \nabla_{\theta_\ell} f_b(x_j)\rangle
+
+    A layer is a module that holds parameters of its own; a parameter that the model itself holds is a layer by its own name, and
+    a parameter that several modules share counts once, under the first name.
 
     Args:
-        model: As in ``empirical_ntk``.
-        x: Inputs, ``[n, *input]``.
-        chunk_size: Examples whose Jacobians are held at a time. Default: as many as fit in 512 MiB.
+        model: As in ``empirical_ntk``, as are all other arguments.
+        x1: First inputs.
+        x2: Second inputs.
+        reduce: As in ``empirical_ntk``.
+        output: As in ``empirical_ntk``.
+        params: As in ``empirical_ntk``.
+        chunk_size: As in ``empirical_ntk``.
+        max_memory: As in ``empirical_ntk``.
+        tf32: As in ``empirical_ntk``.
+        progress: As in ``empirical_ntk``.
+
+    Returns:
+        Kernels by module name, in the order of the modules; they sum to ``empirical_ntk``.
 
     Raises:
         ValueError: As in ``empirical_ntk``.
     """
-    f, params = functional_model(model)
-    with torch.no_grad():
-        c = f(params, x[:1]).shape[1]
-    size = examples_per_chunk(params, c, chunk_size)
-    return torch.cat([_sum(j @ j.mT for j in pieces) for _, pieces in _jacobians(f, params, x, size)])
+    if reduce is not None and reduce not in REDUCTIONS:
+        raise ValueError(unknown("reduction", reduce, REDUCTIONS))
+    request = Request(model, x1, x2, reduce, "auto", output, params, chunk_size, max_memory, tf32, progress, by_layer=True)
+    return evaluate(request)
+
+
+def ntk_diagonal(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    method: str = "auto",
+    output: str | None = None,
+    params: Iterable[str] | None = None,
+    chunk_size: int | None = None,
+    max_memory: int | None = None,
+    tf32: bool = False,
+    progress: bool = True,
+) -> Float[Tensor, "n c c"]:
+    r"""Compute the blocks :math:`K_{ii,ab}` of the empirical NTK, one per example.
+
+    Args:
+        model: As in ``empirical_ntk``, as are all other arguments.
+        x: Inputs, ``[n, *input]``.
+        method: As in ``empirical_ntk``.
+        output: As in ``empirical_ntk``.
+        params: As in ``empirical_ntk``.
+        chunk_size: As in ``empirical_ntk``.
+        max_memory: As in ``empirical_ntk``.
+        tf32: As in ``empirical_ntk``.
+        progress: As in ``empirical_ntk``.
+
+    Raises:
+        ValueError: As in ``empirical_ntk``.
+    """
+    return evaluate(Request(model, x, None, "blocks", method, output, params, chunk_size, max_memory, tf32, progress))[""]
 
 
 def flatten_kernel(kernel: Float[Tensor, "n1 n2 c c"]) -> Float[Tensor, "n1*c n2*c"]:
     """Return the kernel as a matrix, example-major: row i c + a is output a of example i."""
     n1, n2, c, _ = kernel.shape
     return kernel.transpose(1, 2).reshape(n1 * c, n2 * c)
-
-
-def _jacobians(f: Model, params: Params, x: Tensor, size: int) -> Iterator[tuple[int, list[Tensor]]]:
-    for start in range(0, len(x), size):
-        yield start, jacobian(f, params, x[start : start + size])
-
-
-def _symmetric(f: Model, params: Params, x: Tensor, c: int, size: int, reduce: str | None) -> Tensor:
-    """Compute blocks on and above the diagonal, then mirror them: K_ij,ab = K_ji,ba."""
-    n = len(x)
-    shape = {None: (n, n, c, c), "trace": (n, n), "diagonal": (n, n, c)}[reduce]
-    kernel: Tensor | None = None
-    for i, j1 in _jacobians(f, params, x, size):
-        for start in range(i, n, size):
-            block = _contract(j1, j1 if start == i else jacobian(f, params, x[start : start + size]), reduce)
-            mirrored = block.transpose(0, 1) if reduce else block.permute(1, 0, 3, 2)
-            if start == i:  # on the diagonal: symmetric to the last bit
-                block = mirrored = (block + mirrored) / 2
-            kernel = block.new_zeros(shape) if kernel is None else kernel
-            rows, columns = slice(i, i + block.shape[0]), slice(start, start + block.shape[1])
-            kernel[rows, columns] = block
-            kernel[columns, rows] = mirrored
-    assert kernel is not None
-    return kernel
-
-
-def _contract(j1: list[Tensor], j2: list[Tensor], reduce: str | None) -> Tensor:
-    """Sum over parameters k of J1_k J2_k^T; each is ``[n, c, p_k]``."""
-    pairs = zip(j1, j2, strict=True)
-    n1, n2, c = len(j1[0]), len(j2[0]), j1[0].shape[1]
-    if reduce == "diagonal":
-        return _sum(a.transpose(0, 1) @ b.permute(1, 2, 0) for a, b in pairs).permute(1, 2, 0)  # [c, n1, n2] -> [n1, n2, c]
-    if reduce == "trace":
-        return _sum(a.reshape(n1, -1) @ b.reshape(n2, -1).T for a, b in pairs)
-    gram = _sum(a.reshape(n1 * c, -1) @ b.reshape(n2 * c, -1).T for a, b in pairs)
-    return gram.reshape(n1, c, n2, c).transpose(1, 2)
-
-
-def _sum(terms: Iterable[Tensor]) -> Tensor:
-    """Sum of tensors, in place in the first."""
-    iterator = iter(terms)
-    total = next(iterator)
-    for term in iterator:
-        total += term
-    return total

@@ -1,48 +1,61 @@
-"""Jacobians by torch.func: the general method, and the memory it needs."""
+"""Per-example gradients by torch.func: the general method, and the products that estimators need."""
 
 import warnings
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jacrev, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 
 from ntklib.functional import Model, Params, flatten_params, unflatten_params
 
-BUDGET = 512 * 2**20  # bytes of Jacobian held at a time, unless the caller sets chunk_size
 
+def jacobian(f: Model, params: Params, x: Tensor, v: Float[Tensor, "n k c"] | None = None) -> dict[str, Float[Tensor, "n k _"]]:
+    r"""Gradients of outputs with respect to the parameters, one example at a time.
 
-def examples_per_chunk(params: Params, c: int, chunk_size: int | None, budget: int = BUDGET) -> int:
-    """How many examples' Jacobians, c x p numbers each, fit in ``budget`` bytes; ``chunk_size`` overrides it."""
-    if chunk_size is not None:
-        if chunk_size < 1:
-            msg = f"chunk_size must be at least 1. Got {chunk_size}."
-            raise ValueError(msg)
-        return chunk_size
-    per_example = c * sum(w.numel() * w.element_size() for w in params.values())
-    return max(1, budget // per_example)
+    .. math:: J_{i,a} = \nabla_\theta f_a(x_i), \qquad \text{or} \quad \sum_b v_{i,a,b} \nabla_\theta f_b(x_i)
 
+    Kept apart by parameter, as contractions add up over them: a concatenated copy would double the memory. A model that
+    ``torch.func.vmap`` cannot run (a recurrent net, a custom operation) is differentiated by plain autograd in loops.
 
-def jacobian(f: Model, params: Params, x: Tensor) -> list[Float[Tensor, "n c _"]]:
-    """Gradients of output a at example i, ``[n, c, p_k]`` for each parameter k in the order of ``params``.
+    Args:
+        f: Model, ``[n, *input] -> [n, c]``, whose rows do not interact.
+        params: Parameters at which the gradients are taken.
+        x: Inputs, ``[n, *input]``.
+        v: Output directions of every example, ``[n, k, c]``. Default: each output for itself, k = c.
 
-    Kept apart by parameter, as contractions add up over them: a concatenated copy would double the memory.
+    Returns:
+        For every parameter its gradients, ``[n, k, numel]``.
     """
+    if v is None:
+        with torch.no_grad():
+            c = f(params, x[:1])
+        v = torch.eye(c.shape[1]).to(c).expand(len(x), -1, -1)
 
-    def one_example(x_i: Tensor) -> Params:
-        return jacrev(lambda params: f(params, x_i[None])[0])(params)  # each [c, *w.shape]
-
-    return [piece.reshape(*piece.shape[:2], -1) for piece in vmap(one_example)(x).values()]
-
-
-def gradient_square_norms(f: Model, params: Params, x: Tensor, v: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-    """||J_i^T v_i||^2 for every example i, by one vector-Jacobian product each."""
-
-    def one_example(x_i: Tensor, v_i: Tensor) -> Tensor:
+    def one_example(x_i: Tensor, v_i: Tensor) -> Params:
         pull = vjp(lambda params: f(params, x_i[None])[0], params)[1]
-        return torch.stack([g.square().sum() for g in pull(v_i)[0].values()]).sum()
+        return vmap(pull)(v_i)[0]  # each [k, *w.shape]
 
-    return vmap(one_example)(x, v)
+    try:
+        pieces = vmap(one_example)(x, v)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # some operation has no batching rule
+        pieces = _by_loops(f, params, x, v)
+    return {name: piece.reshape(*piece.shape[:2], -1) for name, piece in pieces.items()}
+
+
+def _by_loops(f: Model, params: Params, x: Tensor, v: Tensor) -> Params:
+    leaves = {name: w.detach().clone().requires_grad_() for name, w in params.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in params}
+    with torch.enable_grad():
+        for x_i, v_i in zip(x.split(1), v, strict=True):
+            out = f(leaves, x_i)[0]
+            for v_ia in v_i:
+                grads = torch.autograd.grad(out, list(leaves.values()), v_ia, retain_graph=True, materialize_grads=True)
+                for name, g in zip(rows, grads, strict=True):
+                    rows[name].append(g)
+    return {name: torch.stack(g).unflatten(0, v.shape[:2]) for name, g in rows.items()}
 
 
 def directional_derivative(f: Model, params: Params, x: Tensor, direction: Params) -> Float[Tensor, "n c"]:

@@ -1,0 +1,271 @@
+"""From a request to kernels: check it, choose a program and a plan, go through the tiles."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ntklib.functional import Model, Params, functional_model, unwrap
+from ntklib.kernels.capture import CaptureError
+from ntklib.kernels.contract import ACCUMULATORS, Norms
+from ntklib.kernels.operations import Emission
+from ntklib.kernels.plan import Plan, Tile, directions, make_plan, tiles
+from ntklib.kernels.streaming import Program, general_program, settings, structured_program
+from ntklib.progress import FILE
+from ntklib.text import unknown
+
+METHODS = ("auto", "structured", "jacobian")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller of a public function asked for; see ``empirical_ntk``. ``kind`` is a key of ``contract.ACCUMULATORS``."""
+
+    model: nn.Module
+    x1: Tensor
+    x2: Tensor | None
+    kind: str | None
+    method: str = "auto"
+    output: str | None = None
+    params: Iterable[str] | None = None
+    chunk_size: int | None = None
+    max_memory: int | None = None
+    tf32: bool = False
+    progress: bool = True
+    by_layer: bool = False
+
+
+@contextmanager
+def prepared(request: Request) -> Iterator[tuple[Program, Tensor, Tensor | None]]:
+    """Check a request, then yield its program and inputs, in the settings in which they are to be used.
+
+    Raises:
+        ValueError: As ``empirical_ntk``.
+    """
+    if request.method not in METHODS:
+        raise ValueError(unknown("method", request.method, METHODS))
+    params = None if request.params is None else list(request.params)
+    check_inputs(request.x1, "x1")
+    if request.x2 is not None:
+        check_inputs(request.x2, "x2")
+        check_pair(request.x1, request.x2)
+    with settings(tf32=request.tf32), unchanged(request.model):
+        f, chosen = functional_model(request.model, output=request.output, params=params)
+        x1 = _usable(request.x1)
+        check_model(f, chosen, x1)
+        yield choose_program(f, chosen, x1, request.method), x1, None if request.x2 is None else _usable(request.x2)
+
+
+def evaluate(request: Request) -> dict[str, Tensor]:
+    """Kernels by layer, or one kernel under the name ``""``.
+
+    Raises:
+        ValueError: As ``empirical_ntk``.
+    """
+    with prepared(request) as (program, x1, x2):
+        keys = layers(request.model, program.params) if request.by_layer else dict.fromkeys(program.params, "")
+        n2 = None if x2 is None else len(x2)
+        count = len(set(keys.values()))
+        options = {"layers": count, "chunk_size": request.chunk_size, "max_memory": request.max_memory}
+        plan = make_plan(program, len(x1), n2, request.kind, **options)
+        with torch.no_grad():
+            return _assemble(program, plan, x1, x2, request.kind, keys, request.progress)
+
+
+def square_norms_along(
+    program: Program, x: Tensor, v: Tensor, *, chunk_size: int | None = None, max_memory: int | None = None
+) -> Float[Tensor, "n q"]:
+    r"""Squared norms :math:`\lVert J_i^T v_{iq} \rVert^2` of the gradients along output directions.
+
+    Args:
+        program: How gradients are streamed, from ``prepared``.
+        x: Inputs, ``[n, *input]``.
+        v: Directions of every example, ``[n, q, c]``.
+        chunk_size: Examples worked on at a time.
+        max_memory: Bytes that the work may take.
+    """
+    n, q, _ = v.shape
+    plan = make_plan(replace(program, c=q), n, None, "norms", layers=1, chunk_size=chunk_size, max_memory=max_memory)
+    norms = v.new_zeros(n, q)
+    with torch.no_grad():
+        for i in range(0, n, plan.examples):
+            for j in range(0, q, plan.outputs):
+                part = v[i : i + plan.examples, j : j + plan.outputs]
+                sums = Norms(len(part), part.shape[1], None, program.like)
+                program.stream(x[i : i + plan.examples], part.transpose(0, 1), lambda emission: sums.add(emission[1]))
+                norms[i : i + plan.examples, j : j + plan.outputs] = sums.result()
+    return norms
+
+
+def choose_program(f: Model, params: Params, x: Tensor, method: str) -> Program:
+    """The program that streams layers, or the general one if asked for or if the model allows no other."""
+    if method == "jacobian":
+        return general_program(f, params, x)
+    try:
+        return structured_program(f, params, x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if method == "structured":
+            msg = f"method='structured' requires a model that can be streamed; method='jacobian' takes any. Got: {error}"
+            raise ValueError(msg) from error
+        return general_program(f, params, x)
+
+
+def _assemble(
+    program: Program, plan: Plan, x1: Tensor, x2: Tensor | None, kind: str | None, keys: dict[str, str], progress: bool
+) -> dict[str, Tensor]:
+    """Go through the tiles and put them in their places."""
+    n2 = None if x2 is None else len(x2)
+    todo = list(tiles(plan, len(x1), n2, program.c, kind))
+    names = list(dict.fromkeys(keys.values()))
+    whole: dict[str, Tensor] = {}
+    with _bar(len(todo) * program.emissions, enabled=progress) as tick:
+        for tile in todo:
+            parts = _tile(program, tile, x1, x2, kind, keys, names, tick)
+            if len(todo) == 1:
+                return {name: _shaped(part, kind) for name, part in parts.items()}
+            for name, part in parts.items():
+                if name not in whole:
+                    whole[name] = part.new_zeros(_stored(kind, len(x1), n2 or len(x1), program.c))
+                _place(whole[name], part, tile, kind, symmetric=x2 is None)
+    return {name: _shaped(kernel, kind) for name, kernel in whole.items()}
+
+
+def _tile(
+    program: Program,
+    tile: Tile,
+    x1: Tensor,
+    x2: Tensor | None,
+    kind: str | None,
+    keys: dict[str, str],
+    names: list[str],
+    tick: Callable[[], None],
+) -> dict[str, Tensor]:
+    v = directions(tile, program.c, program.like)
+    x = x1[tile.rows] if tile.symmetric else torch.cat([x1[tile.rows], (x1 if x2 is None else x2)[tile.columns]])
+    split = None if tile.symmetric else tile.rows.stop - tile.rows.start
+    sums = {name: ACCUMULATORS[kind](len(x), len(v), split, program.like) for name in names}
+
+    def visit(emission: Emission) -> None:
+        sums[keys[emission[0][0]]].add(emission[1])
+        tick()
+
+    program.stream(x, v, visit)
+    return {name: accumulator.result() for name, accumulator in sums.items()}
+
+
+def _stored(kind: str | None, n1: int, n2: int, c: int) -> tuple[int, ...]:
+    return {None: (n1, c, n2, c), "trace": (n1, n2), "diagonal": (n1, n2, c), "blocks": (n1, c, c), "norms": (n1, c)}[kind]
+
+
+def _place(whole: Tensor, part: Tensor, tile: Tile, kind: str | None, *, symmetric: bool) -> None:
+    """Put a tile's kernel, and its mirror image if the whole is symmetric, where they belong."""
+    i, a, j, b = tile.rows, tile.row_outputs, tile.columns, tile.column_outputs
+    ka, kb = a.stop - a.start, b.stop - b.start
+    if kind is None:
+        whole[i, a, j, b] = part[:, :ka, :, :kb]
+        if symmetric and not tile.symmetric:
+            whole[j, b, i, a] = part[:, :ka, :, :kb].permute(2, 3, 0, 1)
+    elif kind == "trace":
+        whole[i, j] += part
+        if symmetric and i != j:
+            whole[j, i] += part.T
+    elif kind == "diagonal":
+        whole[i, j, a] = part
+        if symmetric and i != j:
+            whole[j, i, a] = part.transpose(0, 1)
+    elif kind == "blocks":
+        whole[i, a, b] = part[:, :ka, :kb]
+        if not tile.symmetric:
+            whole[i, b, a] = part[:, :ka, :kb].mT
+    else:
+        whole[i, a] = part
+
+
+def _shaped(kernel: Tensor, kind: str | None) -> Tensor:
+    return kernel.transpose(1, 2) if kind is None else kernel  # [n1, c, n2, c] in memory: flattening copies nothing
+
+
+def layers(model: nn.Module, params: Params) -> dict[str, str]:
+    """For every parameter the name of its module; parameters of the model itself keep their own."""
+    owners = {name: name.rpartition(".")[0] or name for name in params}
+    inside = [name for name, _ in unwrap(model).named_modules()]
+
+    def home(owner: str) -> str:  # a parametrized weight belongs to the module that it parametrizes
+        return owner.partition(".parametrizations")[0] if ".parametrizations" in owner else owner
+
+    return {name: home(owner) if owner in inside else owner for name, owner in owners.items()}
+
+
+def check_inputs(x: Tensor, name: str) -> None:
+    """Raise unless ``x`` holds examples of finite numbers."""
+    if not isinstance(x, Tensor):
+        msg = f"{name} must be a tensor. Got {type(x).__name__}."
+        raise TypeError(msg)
+    if x.ndim == 0 or len(x) == 0:
+        msg = f"{name} must hold at least one example. Got shape {tuple(x.shape)}."
+        raise ValueError(msg)
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        msg = f"{name} must be finite. Got {int((~torch.isfinite(x)).sum())} entries that are nan or infinite."
+        raise ValueError(msg)
+
+
+def check_pair(x1: Tensor, x2: Tensor) -> None:
+    """Raise unless both inputs have the same example shape, dtype and device."""
+    if x1.shape[1:] != x2.shape[1:]:
+        msg = f"x1 and x2 must share the input shape. Got {tuple(x1.shape)} and {tuple(x2.shape)}."
+        raise ValueError(msg)
+    if (x1.dtype, x1.device) != (x2.dtype, x2.device):
+        msg = f"x1 and x2 must share dtype and device. Got {x1.dtype} on {x1.device} and {x2.dtype} on {x2.device}."
+        raise ValueError(msg)
+
+
+def check_model(f: Model, params: Params, x: Tensor) -> None:
+    """Raise unless the model takes the inputs and returns ``[n, c]`` with c > 0."""
+    like = next(iter(params.values()))
+    if x.device != like.device:
+        msg = f"Inputs must be on the device of the parameters, {like.device}. Got {x.device}."
+        raise ValueError(msg)
+    try:
+        with torch.no_grad():
+            out = f(params, x[:1])
+    except RuntimeError as error:
+        if x.dtype != like.dtype:
+            msg = f"Inputs must have a dtype that the model takes; its parameters are {like.dtype}. Got {x.dtype}."
+            raise ValueError(msg) from error
+        raise
+    if out.shape[1] == 0 or not out.is_floating_point():
+        msg = f"The model must return at least one real output. Got shape {tuple(out.shape)} of {out.dtype}."
+        raise ValueError(msg)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Raise if the work inside changes a parameter; random generators are put back as they were."""
+    versions = {name: w._version for name, w in model.named_parameters()}
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else ()):
+        yield
+    for name, w in model.named_parameters():
+        if w._version != versions[name]:
+            msg = f"The model must not change its parameters in a forward pass. Got a change of {name!r}."
+            raise ValueError(msg)
+
+
+def _usable(x: Tensor) -> Tensor:
+    return x.clone() if x.is_inference() else x.detach()
+
+
+@contextmanager
+def _bar(total: int, *, enabled: bool) -> Iterator[Callable[[], None]]:
+    if not enabled or os.environ.get(FILE):
+        yield lambda: None
+        return
+    from tqdm.std import tqdm  # text, not a widget
+
+    with tqdm(total=total, desc="kernel", unit=" layers", delay=5, leave=False) as bar:
+        yield lambda: bar.update() and None

@@ -1,0 +1,154 @@
+"""How much memory a kernel needs, and the tiles it is computed in."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from ntklib.kernels.contract import BUDGET
+from ntklib.kernels.streaming import Program
+
+SHARE = 0.5  # of free memory, that a kernel may take unless max_memory is given
+_ENOUGH = 512 * 2**20  # bytes beyond which larger chunks of single examples gain no speed
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of a kernel: examples and outputs of its rows and of its columns.
+
+    On the diagonal, rows and columns are the same and ``symmetric`` is set.
+    """
+
+    rows: slice
+    row_outputs: slice
+    columns: slice
+    column_outputs: slice
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Chunk sizes, and the bytes that they need.
+
+    Attributes:
+        examples: Examples of the rows (and of the columns) of a tile.
+        outputs: Outputs of a tile.
+        needed: Bytes of the result and of the largest tile, estimated.
+    """
+
+    examples: int
+    outputs: int
+    needed: int
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a computation on ``device`` can still get."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def make_plan(
+    program: Program, n1: int, n2: int | None, kind: str | None, *, layers: int, chunk_size: int | None, max_memory: int | None
+) -> Plan:
+    """Choose the largest chunks that fit.
+
+    Args:
+        program: How gradients are streamed.
+        n1: Examples of the rows.
+        n2: Examples of the columns; None for a symmetric kernel.
+        kind: Which reduction, a key of ``contract.ACCUMULATORS``.
+        layers: Number of kernels kept at the same time.
+        chunk_size: Examples per chunk, if the caller wants to choose.
+        max_memory: Bytes that may be used, result included. Default: half of what is free.
+
+    Raises:
+        ValueError: If a number is not positive, or the kernel does not fit.
+    """
+    for name, value in (("chunk_size", chunk_size), ("max_memory", max_memory)):
+        if value is not None and value < 1:
+            msg = f"{name} must be at least 1. Got {value}."
+            raise ValueError(msg)
+    c, width = program.c, program.like.element_size()
+    pairs = kind not in ("norms", "blocks")
+    columns = n1 if n2 is None else n2
+    values = {
+        None: n1 * columns * c * c,
+        "trace": n1 * columns,
+        "diagonal": n1 * columns * c,
+        "blocks": n1 * c * c,
+        "norms": n1 * c,
+    }
+    result = layers * values[kind] * width
+    free = free_memory(program.like.device)
+    limit = max_memory if max_memory is not None else int(SHARE * free)
+    if result > (limit if max_memory is not None else 0.9 * free):
+        raise ValueError(_too_large("the result alone", result, limit if max_memory is not None else free))
+    working = min(limit - result, limit if pairs else _ENOUGH) - (2 * BUDGET if limit - result > 4 * BUDGET else 0)
+
+    def size(rows: int, k: int) -> int:
+        return rows * (program.size + k * program.size_k) * width
+
+    everything = n1 + (0 if n2 is None else n2)
+    sets = 2 if pairs else 1  # a tile off the diagonal holds two chunks
+    if chunk_size is None and size(everything, c) <= working:
+        return Plan(max(n1, columns), c, result + size(everything, c))
+    k = c
+    if kind in ("trace", "diagonal"):  # a pass over some outputs costs no more than its share: large chunks of examples pay
+        k = max(1, min(c, program.size // max(1, program.size_k)))
+    if size(sets, k) > working:
+        k = max(1, (working // (sets * width) - program.size) // max(1, program.size_k))
+    m = chunk_size if chunk_size is not None else max(1, working // size(sets, k))
+    while chunk_size is not None and k > 1 and size(sets * m, k) > working:
+        k = (k + 1) // 2
+    needed = result + size(sets * min(m, max(n1, columns)), k)
+    if needed > limit and size(sets, 1) > limit - result:
+        raise ValueError(_too_large("the kernel, in its smallest pieces,", needed, limit))
+    return Plan(m, k, needed)
+
+
+def _too_large(what: str, needed: int, available: int) -> str:
+    return (
+        f"Memory must hold {what}: {needed:,} bytes. Got {available:,} bytes available. Take fewer examples, reduce='trace' or "
+        "'diagonal', params= to restrict the parameters, a larger max_memory, or ntklib.NTKOperator, which stores no kernel."
+    )
+
+
+def tiles(plan: Plan, n1: int, n2: int | None, c: int, kind: str | None) -> Iterator[Tile]:
+    """Tiles that cover the kernel; of a symmetric one, those on and above the diagonal."""
+    outputs = _slices(c, plan.outputs)
+    if kind == "norms":
+        for rows in _slices(n1, plan.examples):
+            yield from (Tile(rows, a, rows, a, symmetric=True) for a in outputs)
+        return
+    pairs_of_outputs = [(a, b) for a in outputs for b in (outputs if kind in (None, "blocks") else [a])]
+    for rows in _slices(n1, plan.examples):
+        for columns in [rows] if kind == "blocks" else _slices(n1 if n2 is None else n2, plan.examples):
+            if n2 is None and columns.start < rows.start:
+                continue
+            same = n2 is None and columns == rows
+            for a, b in pairs_of_outputs:
+                if not same or b.start >= a.start:
+                    yield Tile(rows, a, columns, b, symmetric=same and a == b)
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(i, min(total, i + size)) for i in range(0, total, size)]
+
+
+def directions(tile: Tile, c: int, like: Tensor) -> Tensor:
+    """Output directions of a tile, ``[k, examples of rows (then of columns), c]``; shorter sets of outputs end with zeros."""
+    a, b = tile.row_outputs, tile.column_outputs
+    k = max(a.stop - a.start, b.stop - b.start)
+    sets = [(tile.rows, a)] if tile.symmetric else [(tile.rows, a), (tile.columns, b)]
+    v = like.new_zeros(sum(rows.stop - rows.start for rows, _ in sets), k, c)
+    start = 0
+    for rows, outputs in sets:
+        stop = start + rows.stop - rows.start
+        count = outputs.stop - outputs.start
+        v[start:stop, range(count), range(outputs.start, outputs.stop)] = 1
+        start = stop
+    return v.transpose(0, 1)

@@ -1,0 +1,220 @@
+"""Stream the factors of every parameter's Jacobian through one backward pass."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ntklib.functional import Model, Params
+from ntklib.kernels.capture import CaptureError, Survey, Use, Visit, Watch, lift
+from ntklib.kernels.contract import Norms
+from ntklib.kernels.jacobian import jacobian
+from ntklib.kernels.operations import Emission, Outer, Rows
+
+
+@dataclass(frozen=True)
+class Program:
+    """How per-example gradients are obtained; here by writing all of them out (``torch.func``), the general method.
+
+    Attributes:
+        f: The model as a function f(params, x).
+        params: Parameters whose gradients are wanted.
+        c: Number of outputs.
+        like: Dtype and device of the outputs (an empty tensor).
+        size: Numbers that one example needs, besides ``size_k`` for every output direction.
+        size_k: See ``size``.
+        cost_k: Multiply-adds to pull one output direction back and take its squared norm, in units of a forward pass.
+    """
+
+    f: Model
+    params: Params
+    c: int
+    like: Tensor
+    size: int
+    size_k: int
+    cost_k: float
+
+    @property
+    def emissions(self) -> int:
+        """How often ``stream`` calls ``visit``."""
+        return len(self.params)
+
+    def stream(self, x: Tensor, v: Tensor, visit: Visit) -> None:
+        """Call ``visit`` with (names, factor) until every wanted parameter's gradients along ``v`` are accounted for.
+
+        Args:
+            x: Inputs, ``[n, *input]``.
+            v: Output directions, ``[K, n, c]``.
+            visit: Takes one emission.
+        """
+        for name, j in jacobian(self.f, self.params, x, v.transpose(0, 1)).items():
+            visit(((name,), Rows(j)))
+
+
+@dataclass(frozen=True)
+class Structured(Program):
+    """Streams layers: one forward pass on all examples, one backward pass on all output directions.
+
+    Attributes:
+        leaves: Names of parameters without structure: only their per-example gradients are written out.
+        uses: The operations met in the forward pass.
+    """
+
+    leaves: frozenset[str]
+    uses: tuple[Use, ...]
+
+    @property
+    def emissions(self) -> int:
+        return len(self.leaves) + len(self.uses)
+
+    def stream(self, x: Tensor, v: Tensor, visit: Visit) -> None:
+        with torch.enable_grad():
+            out, root, notes = watched(self.f, self.params, self.leaves, x, visit)
+        if tuple(notes.uses) != self.uses or notes.unruled:
+            raise CaptureError("The model's forward pass differs from call to call.")
+        pull_back(out, root, v)
+
+
+@contextmanager
+def settings(*, tf32: bool = False) -> Iterator[None]:
+    """Gradients on, automatic mixed precision off, compiled parts run as written, full precision unless ``tf32``."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if torch.cuda.is_available():
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+            stack.enter_context(_precision("tf32" if tf32 else "ieee"))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _precision(value: str) -> Iterator[None]:
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = value
+        yield
+    finally:
+        for place, old in zip(places, before, strict=True):
+            place.fp32_precision = old
+
+
+def watched(f: Model, params: Params, leaves: frozenset[str], x: Tensor, visit: Visit) -> tuple[Tensor, Tensor, Survey]:
+    """Outputs ``[n, c]``, the root that every watched operation hangs on, and notes of the forward pass."""
+    root = torch.zeros((), dtype=next(iter(params.values())).dtype, device=x.device, requires_grad=True)
+    wanted = {id(w): name for name, w in params.items() if name not in leaves}
+    notes: list[Survey] = []
+
+    def one_example(x_i: Tensor, every: Tensor) -> Tensor:
+        lifted = {name: lift(params[name], name, every, root, visit) for name in params if name in leaves}
+        with Watch(wanted, every, root, visit) as watch:
+            out = f({**params, **lifted}, x_i[None])[0]
+        notes.append(watch.notes)
+        return out
+
+    out = vmap(one_example)(x, torch.zeros(len(x), device=x.device))
+    notes[0].c = out.shape[1]
+    return out, root, notes[0]
+
+
+def pull_back(out: Tensor, root: Tensor, v: Tensor) -> None:
+    """Pull output directions ``[K, n, c]`` back through every watched operation."""
+    if not out.requires_grad:  # no wanted parameter is used
+        return
+
+    def direction(v: Tensor) -> Tensor:
+        torch.autograd.grad(out, root, v, allow_unused=True)
+        return v.sum()
+
+    vmap(direction)(v)
+
+
+def general_program(f: Model, params: Params, x: Tensor) -> Program:
+    """The program that writes out all gradients."""
+    with torch.no_grad():
+        out = f(params, x[:1])
+    p = sum(w.numel() for w in params.values())
+    return Program(f, params, out.shape[1], out[:0], 2 * p, 2 * p, 2.0)  # by backpropagation to inputs and to parameters
+
+
+def structured_program(f: Model, params: Params, x: Tensor) -> Structured:
+    """Find out how to stream the layers of a model, and check on one example that the gradients are autograd's.
+
+    Raises:
+        CaptureError: If they are not, or the model cannot be run under ``vmap``.
+    """
+    leaves: frozenset[str] = frozenset()
+    while True:
+        emissions: list[Emission] = []
+        out, root, notes = watched(f, params, leaves, x[:1], emissions.append)
+        counts = Counter(name for _, names in notes.uses for name in names if name is not None)
+        wrong = notes.unruled | {name for name, count in counts.items() if count > 1}
+        if not wrong:
+            v = torch.cos(torch.arange(1.0, notes.c + 1, device=x.device)).to(out.dtype)
+            pull_back(out, root, v[None, None])
+            wrong = _disagreeing(f, params, x[:1], v, emissions)
+        if not wrong:
+            return _structured(f, params, leaves, notes, emissions, out.detach()[:0])
+        if wrong <= leaves:
+            raise CaptureError(f"The gradients of {sorted(wrong)} are not autograd's.")
+        leaves |= wrong
+
+
+def _structured(
+    f: Model, params: Params, leaves: frozenset[str], notes: Survey, emissions: list[Emission], like: Tensor
+) -> Structured:
+    outer = [factor for _, factor in emissions if isinstance(factor, Outer)]
+    shapes = [(*factor.u.shape[1:], factor.g.shape[-1]) for factor in outer]  # t, groups, d, o
+    forward = max(1, sum(t * groups * d * o for t, groups, d, o in shapes))
+    norms = Norms(1, 1, None, like)
+    contraction = sum(groups * min(*norms.costs(1, 1, t, d, o)) if t > 1 else 0 for t, groups, d, o in shapes)
+    written = sum(params[name].numel() for name in leaves)
+    return Structured(
+        f,
+        params,
+        notes.c,
+        like,
+        size=notes.activations + max((factor.u.numel() for factor in outer), default=0),
+        size_k=4 * notes.widest + 2 * written,
+        cost_k=1.0 + contraction / forward,
+        leaves=leaves,
+        uses=tuple(notes.uses),
+    )
+
+
+def _disagreeing(f: Model, params: Params, x: Tensor, v: Tensor, emissions: list[Emission]) -> frozenset[str]:
+    """Names of parameters whose squared gradient norm, by the factors, is not what plain autograd finds."""
+    leaf = {name: w.detach().clone().requires_grad_() for name, w in params.items()}
+    out = f(leaf, x)[0]
+    if not out.requires_grad:
+        return frozenset(name for names, _ in emissions for name in names)
+    grads = torch.autograd.grad(out, list(leaf.values()), v, allow_unused=True)
+    truth = {name: 0.0 if g is None else float(g.square().sum()) for name, g in zip(leaf, grads, strict=True)}
+    scale = sum(truth.values())
+    tolerance = 1e4 * torch.finfo(out.dtype).eps
+    found: dict[tuple[str, ...], float] = {(name,): 0.0 for name in params}
+    with torch.no_grad():
+        for names, factor in emissions:
+            norms = Norms(1, 1, None, out)
+            norms.add(factor)
+            found[names] = float(norms.total)
+    for names in [names for names in found if len(names) > 1]:
+        for name in names:
+            found.pop((name,), None)
+    wrong: set[str] = set()
+    for names, value in found.items():
+        expected = sum(truth[name] for name in names)
+        if not abs(value - expected) <= tolerance * (expected + 1e-6 * scale):
+            wrong.update(names)
+    return frozenset(wrong)
