@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from ntklib.directions import directional_derivative, random_direction
 from ntklib.functional import Params
 from ntklib.kernels.evaluate import Request, prepared, square_norms_along
-from ntklib.kernels.jacobian import directional_derivative, random_direction
 from ntklib.kernels.streaming import Program
 from ntklib.text import unknown
 

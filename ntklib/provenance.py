@@ -18,7 +18,24 @@ from typing import Any
 from ntklib.paths import project_root
 
 # what the numbers depend on; the rest of the package (plots, runner, ledger) may change without recomputing a run
-NUMERIC = ("data", "estimators.py", "functional.py", "kernels", "linearized.py", "models", "random.py", "similarity.py", "training")
+NUMERIC = (
+    "checks.py",
+    "curvature.py",
+    "data",
+    "directions.py",
+    "estimators.py",
+    "functional.py",
+    "infinite.py",
+    "kernels",
+    "linearized.py",
+    "models",
+    "operator.py",
+    "random.py",
+    "similarity.py",
+    "sketch.py",
+    "spectra.py",
+    "training",
+)
 PACKAGES = ("ntklib", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "mlxtend", "pandas")
 
 

@@ -15,7 +15,23 @@ os.environ.setdefault("NTKLIB_OFFLINE", "1")  # no test downloads
 torch.set_num_threads(1)  # tiny nets: threads that wait for each other cost far more than they give
 
 # annotations like Float[Tensor, "n c"] are checked at every call, in tests only
-NUMERIC = ("functional", "kernels", "estimators", "similarity", "linearized", "models", "data", "training")
+NUMERIC = (
+    "checks",
+    "curvature",
+    "data",
+    "directions",
+    "estimators",
+    "functional",
+    "infinite",
+    "kernels",
+    "linearized",
+    "models",
+    "operator",
+    "similarity",
+    "sketch",
+    "spectra",
+    "training",
+)
 _hook = install_import_hook([f"ntklib.{name}" for name in NUMERIC], "beartype.beartype")
 
 

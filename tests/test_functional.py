@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ntklib.functional import check_rows_independent, flatten_params, functional_model, unflatten_params
+from ntklib.checks import check_rows_independent
+from ntklib.directions import flatten_params, unflatten_params
+from ntklib.functional import functional_model
 from ntklib.random import stream
 
 x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)

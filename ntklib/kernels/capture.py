@@ -2,7 +2,7 @@
 
 The model is evaluated on one example at a time under ``torch.func.vmap``, so the example axis is known at every operation, however
 the model reshapes, transposes or reuses its tensors. A parameter that is used once, by an operation with a rule, becomes an
-``Operation``; every other wanted parameter becomes a ``Leaf``, whose per-example gradient autograd computes, whatever is done to it.
+``Operation``; every other wanted parameter becomes a ``Leaf``, whose gradient autograd computes, whatever is done to it.
 """
 
 import types
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ntklib.kernels import operations
 from ntklib.kernels.operations import Emission, Operation, Rows
+from ntklib.kernels.uses import HANDLERS, TRANSPOSED
 
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 Visit = Callable[[Emission], None]
 Use = tuple[str, tuple[str | None, str | None]]  # kind of operation, names of its wanted weight and bias
 
@@ -41,7 +42,8 @@ class _Lifted(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, every: Tensor, root: Tensor, op: Operation, visit: Visit) -> Tensor:  # pyright: ignore
-        raise CaptureError(f"{type(op).__name__} was reached outside the vmap over examples.")
+        msg = f"{type(op).__name__} was reached outside the vmap over examples."
+        raise CaptureError(msg)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
@@ -76,7 +78,8 @@ class _Pulled(torch.autograd.Function):
 
     @staticmethod
     def forward(g: Tensor, op: Operation, visit: Visit, needed: bool) -> Tensor:  # pyright: ignore
-        raise CaptureError(f"The gradient of {type(op).__name__} does not depend on the output direction.")
+        msg = f"The gradient of {type(op).__name__} does not depend on the output direction."
+        raise CaptureError(msg)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
@@ -125,8 +128,8 @@ class Watch(TorchFunctionMode):
 
     def _measure(self, t: Tensor) -> None:
         inner = t
-        while torch._C._functorch.is_batchedtensor(inner):
-            inner = torch._C._functorch.get_unwrapped(inner)
+        while _functorch.is_batchedtensor(inner):
+            inner = _functorch.get_unwrapped(inner)
         place = inner.untyped_storage().data_ptr()
         if place not in self.places and t.is_floating_point():
             self.places.add(place)
@@ -134,12 +137,12 @@ class Watch(TorchFunctionMode):
             self.notes.widest = max(self.notes.widest, t.numel())
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any, touched: list[Tensor]) -> Any:
-        handler = _HANDLERS.get(func)
+        handler = HANDLERS.get(func)
         if handler is not None:
             out = handler(self, *args, **kwargs)
             if out is not NotImplemented:
                 return out
-        if func in _TRANSPOSED and len(args) == 1 and id(args[0]) in self.wanted and args[0].ndim == 2 and not kwargs:
+        if func in TRANSPOSED and len(args) == 1 and id(args[0]) in self.wanted and args[0].ndim == 2 and not kwargs:
             view = func(*args)
             self.views[id(view)] = (view, args[0])
             return view
@@ -154,7 +157,7 @@ class Watch(TorchFunctionMode):
 
     def plain(self, *tensors: Tensor | None) -> bool:
         """Whether these are None or constants without an example axis."""
-        return not any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+        return not any(t is not None and _functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
     def names(self, *params: Tensor | None) -> Any:
         """Names of those whose gradient is wanted."""
@@ -188,136 +191,3 @@ def _without_dispatch(func: types.FunctionType) -> types.FunctionType:
     )
     inner.__kwdefaults__ = func.__kwdefaults__
     return inner
-
-
-def _linear(watch: Watch, input: Tensor, weight: Tensor, bias: Any = None) -> Any:
-    if id(weight) in watch.views or not watch.plain(weight, bias) or weight.ndim != 2:
-        return NotImplemented
-    return watch.apply(input, operations.Linear(weight, bias, watch.names(weight, bias)))
-
-
-def _matmul(watch: Watch, input: Tensor, other: Tensor) -> Any:
-    """x W or x W^T with a parameter W on the right."""
-    if input.ndim < 1 or id(input) in watch.wanted or id(input) in watch.views:
-        return NotImplemented
-    if id(other) in watch.views:
-        weight = watch.views[id(other)][1]
-        return watch.apply(input, operations.Linear(weight, None, watch.names(weight, None)))
-    if other.ndim != 2 or not watch.plain(other):
-        return NotImplemented
-    return watch.apply(input, operations.Linear(other.T, None, watch.names(other, None)))
-
-
-def _rmatmul(watch: Watch, other: Tensor, input: Tensor) -> Any:
-    return _matmul(watch, input, other)
-
-
-def _convolution(
-    watch: Watch,
-    input: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    if not watch.plain(weight, bias):
-        return NotImplemented
-    op = operations.convolution(weight, bias, watch.names(weight, bias), stride, padding, dilation, groups)
-    return watch.apply(input, op)
-
-
-def _batch_norm(
-    watch: Watch,
-    input: Tensor,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    if training or running_mean is None or not watch.plain(weight, bias):
-        return NotImplemented
-    shape = (-1, *[1] * (input.ndim - 2))
-    rstd = torch.rsqrt(running_var + eps)
-    return watch.apply(input, operations.Scale(weight, bias, watch.names(weight, bias), shape=shape, mean=running_mean, rstd=rstd))
-
-
-def _affine(watch: Watch, x_hat: Tensor, weight: Any, bias: Any, shape: tuple[int, ...]) -> Tensor:
-    return watch.apply(x_hat, operations.Scale(weight, bias, watch.names(weight, bias), shape=shape))
-
-
-def _layer_norm(watch: Watch, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    if not watch.plain(weight, bias):
-        return NotImplemented
-    return _affine(watch, F.layer_norm(input, normalized_shape, None, None, eps), weight, bias, tuple(normalized_shape))
-
-
-def _rms_norm(watch: Watch, input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    if not watch.plain(weight):
-        return NotImplemented
-    return _affine(watch, F.rms_norm(input, normalized_shape, None, eps), weight, None, tuple(normalized_shape))
-
-
-def _group_norm(watch: Watch, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    if not watch.plain(weight, bias):
-        return NotImplemented
-    return _affine(watch, F.group_norm(input, num_groups, None, None, eps), weight, bias, (-1, *[1] * (input.ndim - 2)))
-
-
-def _instance_norm(
-    watch: Watch,
-    input: Tensor,
-    running_mean: Any = None,
-    running_var: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    if not use_input_stats:
-        return _batch_norm(watch, input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if not watch.plain(weight, bias):
-        return NotImplemented
-    x_hat = F.instance_norm(input, None, None, None, None, True, momentum, eps)
-    return _affine(watch, x_hat, weight, bias, (-1, *[1] * (input.ndim - 2)))
-
-
-def _embedding(
-    watch: Watch,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    if max_norm is not None or scale_grad_by_freq or not watch.plain(weight):
-        return NotImplemented
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += len(weight)
-    return watch.apply(input, operations.Embedding(weight, None, watch.names(weight, None), padding_idx=padding_idx))
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    Tensor.__rmatmul__: _rmatmul,
-    torch.conv1d: _convolution,
-    torch.conv2d: _convolution,
-    torch.conv3d: _convolution,
-    F.batch_norm: _batch_norm,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
-    F.embedding: _embedding,
-}
-_TRANSPOSED = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}

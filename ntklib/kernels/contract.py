@@ -34,6 +34,8 @@ class Accumulator:
         like: Dtype and device of the result.
     """
 
+    total: Tensor
+
     def __init__(self, n: int, k: int, n1: int | None, like: Tensor) -> None:
         self.symmetric = n1 is None
         self.first = slice(0, n if n1 is None else n1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -78,22 +77,14 @@ def ntk_by_layer(
 ) -> dict[str, Tensor]:
     r"""Compute every layer's contribution to the empirical NTK, in one pass.
 
-    .. math:: K = \sum_\ell K^{(\ell)}, \qquad K^{(\ell)}_{ij,ab} = \langle \nabla_{\theta_\ell} f_a(x_i), \nabla_{\theta_\ell} f_b(x_j)\rangle
+    .. math::
+        K = \sum_\ell K^{(\ell)}, \qquad
+        K^{(\ell)}_{ij,ab} = \langle \nabla_{\theta_\ell} f_a(x_i), \nabla_{\theta_\ell} f_b(x_j) \rangle
 
     A layer is a module that holds parameters of its own; a parameter that the model itself holds is a layer by its own name, and
     a parameter that several modules share counts once, under the first name.
 
-    Args:
-        model: As in ``empirical_ntk``, as are all other arguments.
-        x1: First inputs.
-        x2: Second inputs.
-        reduce: As in ``empirical_ntk``.
-        output: As in ``empirical_ntk``.
-        params: As in ``empirical_ntk``.
-        chunk_size: As in ``empirical_ntk``.
-        max_memory: As in ``empirical_ntk``.
-        tf32: As in ``empirical_ntk``.
-        progress: As in ``empirical_ntk``.
+    The arguments are those of ``empirical_ntk``.
 
     Returns:
         Kernels by module name, in the order of the modules; they sum to ``empirical_ntk``.
@@ -121,16 +112,7 @@ def ntk_diagonal(
 ) -> Float[Tensor, "n c c"]:
     r"""Compute the blocks :math:`K_{ii,ab}` of the empirical NTK, one per example.
 
-    Args:
-        model: As in ``empirical_ntk``, as are all other arguments.
-        x: Inputs, ``[n, *input]``.
-        method: As in ``empirical_ntk``.
-        output: As in ``empirical_ntk``.
-        params: As in ``empirical_ntk``.
-        chunk_size: As in ``empirical_ntk``.
-        max_memory: As in ``empirical_ntk``.
-        tf32: As in ``empirical_ntk``.
-        progress: As in ``empirical_ntk``.
+    The arguments are those of ``empirical_ntk``.
 
     Raises:
         ValueError: As in ``empirical_ntk``.

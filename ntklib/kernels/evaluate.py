@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ntklib.checks import check_inputs, check_model, check_pair
 from ntklib.functional import Model, Params, functional_model, unwrap
-from ntklib.kernels.capture import CaptureError
-from ntklib.kernels.contract import ACCUMULATORS, Norms
+from ntklib.kernels.contract import ACCUMULATORS, Accumulator, Norms
 from ntklib.kernels.operations import Emission
 from ntklib.kernels.plan import Plan, Tile, directions, make_plan, tiles
 from ntklib.kernels.streaming import Program, general_program, settings, structured_program
@@ -96,9 +96,13 @@ def square_norms_along(
             for j in range(0, q, plan.outputs):
                 part = v[i : i + plan.examples, j : j + plan.outputs]
                 sums = Norms(len(part), part.shape[1], None, program.like)
-                program.stream(x[i : i + plan.examples], part.transpose(0, 1), lambda emission: sums.add(emission[1]))
+                program.stream(x[i : i + plan.examples], part.transpose(0, 1), _adder(sums))
                 norms[i : i + plan.examples, j : j + plan.outputs] = sums.result()
     return norms
+
+
+def _adder(sums: Accumulator) -> Callable[[Emission], None]:
+    return lambda emission: sums.add(emission[1])
 
 
 def choose_program(f: Model, params: Params, x: Tensor, method: str) -> Program:
@@ -202,48 +206,6 @@ def layers(model: nn.Module, params: Params) -> dict[str, str]:
     return {name: home(owner) if owner in inside else owner for name, owner in owners.items()}
 
 
-def check_inputs(x: Tensor, name: str) -> None:
-    """Raise unless ``x`` holds examples of finite numbers."""
-    if not isinstance(x, Tensor):
-        msg = f"{name} must be a tensor. Got {type(x).__name__}."
-        raise TypeError(msg)
-    if x.ndim == 0 or len(x) == 0:
-        msg = f"{name} must hold at least one example. Got shape {tuple(x.shape)}."
-        raise ValueError(msg)
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        msg = f"{name} must be finite. Got {int((~torch.isfinite(x)).sum())} entries that are nan or infinite."
-        raise ValueError(msg)
-
-
-def check_pair(x1: Tensor, x2: Tensor) -> None:
-    """Raise unless both inputs have the same example shape, dtype and device."""
-    if x1.shape[1:] != x2.shape[1:]:
-        msg = f"x1 and x2 must share the input shape. Got {tuple(x1.shape)} and {tuple(x2.shape)}."
-        raise ValueError(msg)
-    if (x1.dtype, x1.device) != (x2.dtype, x2.device):
-        msg = f"x1 and x2 must share dtype and device. Got {x1.dtype} on {x1.device} and {x2.dtype} on {x2.device}."
-        raise ValueError(msg)
-
-
-def check_model(f: Model, params: Params, x: Tensor) -> None:
-    """Raise unless the model takes the inputs and returns ``[n, c]`` with c > 0."""
-    like = next(iter(params.values()))
-    if x.device != like.device:
-        msg = f"Inputs must be on the device of the parameters, {like.device}. Got {x.device}."
-        raise ValueError(msg)
-    try:
-        with torch.no_grad():
-            out = f(params, x[:1])
-    except RuntimeError as error:
-        if x.dtype != like.dtype:
-            msg = f"Inputs must have a dtype that the model takes; its parameters are {like.dtype}. Got {x.dtype}."
-            raise ValueError(msg) from error
-        raise
-    if out.shape[1] == 0 or not out.is_floating_point():
-        msg = f"The model must return at least one real output. Got shape {tuple(out.shape)} of {out.dtype}."
-        raise ValueError(msg)
-
-
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Raise if the work inside changes a parameter; random generators are put back as they were."""
@@ -268,4 +230,8 @@ def _bar(total: int, *, enabled: bool) -> Iterator[Callable[[], None]]:
     from tqdm.std import tqdm  # text, not a widget
 
     with tqdm(total=total, desc="kernel", unit=" layers", delay=5, leave=False) as bar:
-        yield lambda: bar.update() and None
+
+        def tick() -> None:
+            bar.update()
+
+        yield tick

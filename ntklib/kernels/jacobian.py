@@ -1,13 +1,11 @@
-"""Per-example gradients by torch.func: the general method, and the products that estimators need."""
-
-import warnings
+"""Per-example gradients by torch.func: the general method."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import vjp, vmap
 
-from ntklib.functional import Model, Params, flatten_params, unflatten_params
+from ntklib.functional import Model, Params
 
 
 def jacobian(f: Model, params: Params, x: Tensor, v: Float[Tensor, "n k c"] | None = None) -> dict[str, Float[Tensor, "n k _"]]:
@@ -56,17 +54,3 @@ def _by_loops(f: Model, params: Params, x: Tensor, v: Tensor) -> Params:
                 for name, g in zip(rows, grads, strict=True):
                     rows[name].append(g)
     return {name: torch.stack(g).unflatten(0, v.shape[:2]) for name, g in rows.items()}
-
-
-def directional_derivative(f: Model, params: Params, x: Tensor, direction: Params) -> Float[Tensor, "n c"]:
-    """J_i d for every example i: the derivative of the outputs along a direction in parameter space."""
-    with warnings.catch_warnings():  # on its first use torch's forward mode calls torch's own deprecated torch.jit.script
-        warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
-        return jvp(lambda params: f(params, x), (params,), (direction,))[1]
-
-
-def random_direction(params: Params, num: int, generator: torch.Generator) -> Params:
-    """Standard normal parameters with a leading axis of ``num`` draws, in the parameters' dtype and device."""
-    like = flatten_params(params)
-    draw = torch.randn(num, like.numel(), generator=generator, dtype=like.dtype, device=generator.device)
-    return unflatten_params(draw.to(like.device), params)

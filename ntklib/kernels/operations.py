@@ -6,7 +6,7 @@ output directions that are pulled back at once. Memory is example-major (``[n, K
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,10 +53,10 @@ class Operation:
     weight: Tensor | None
     bias: Tensor | None
     names: tuple[str | None, str | None]
-    saved: Tensor = torch.empty(0)
+    saved: Tensor = field(init=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """z for inputs ``[n, *shape]``; keeps what the factors need."""
+        """Outputs z for inputs ``[n, *shape]``; keeps what the factors need."""
         raise NotImplementedError
 
     def pull_back(self, g: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,6 +17,8 @@ from ntklib.kernels.capture import CaptureError, Survey, Use, Visit, Watch, lift
 from ntklib.kernels.contract import Norms
 from ntklib.kernels.jacobian import jacobian
 from ntklib.kernels.operations import Emission, Outer, Rows
+
+TOLERANCE = 1e4  # of the check against autograd, in units of the dtype's rounding error
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Structured(Program):
         with torch.enable_grad():
             out, root, notes = watched(self.f, self.params, self.leaves, x, visit)
         if tuple(notes.uses) != self.uses or notes.unruled:
-            raise CaptureError("The model's forward pass differs from call to call.")
+            msg = "The model's forward pass differs from call to call."
+            raise CaptureError(msg)
         pull_back(out, root, v)
 
 
@@ -99,7 +103,7 @@ def settings(*, tf32: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _precision(value: str) -> Iterator[None]:
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # pyright: ignore
     before = [place.fp32_precision for place in places]
     try:
         for place in places:
@@ -167,7 +171,8 @@ def structured_program(f: Model, params: Params, x: Tensor) -> Structured:
         if not wrong:
             return _structured(f, params, leaves, notes, emissions, out.detach()[:0])
         if wrong <= leaves:
-            raise CaptureError(f"The gradients of {sorted(wrong)} are not autograd's.")
+            msg = f"The gradients of {sorted(wrong)} are not autograd's."
+            raise CaptureError(msg)
         leaves |= wrong
 
 
@@ -202,7 +207,7 @@ def _disagreeing(f: Model, params: Params, x: Tensor, v: Tensor, emissions: list
     grads = torch.autograd.grad(out, list(leaf.values()), v, allow_unused=True)
     truth = {name: 0.0 if g is None else float(g.square().sum()) for name, g in zip(leaf, grads, strict=True)}
     scale = sum(truth.values())
-    tolerance = 1e4 * torch.finfo(out.dtype).eps
+    tolerance = TOLERANCE * torch.finfo(out.dtype).eps
     found: dict[tuple[str, ...], float] = {(name,): 0.0 for name in params}
     with torch.no_grad():
         for names, factor in emissions:

@@ -1,0 +1,80 @@
+"""What a model and its inputs must be before anything is differentiated."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+# in training mode these modules draw random masks
+_STOCHASTIC = (nn.modules.dropout._DropoutNd,)
+
+
+def check_rows_independent(model: nn.Module) -> None:
+    """Raise when one example's output could depend on another example or on chance.
+
+    The Jacobian of one example is defined only if the rows of a batch do not interact. Batch normalisation in training mode
+    normalises with statistics of the batch, so its rows do; dropout in training mode is random.
+
+    Args:
+        model: The module that a kernel or a trace is about to differentiate.
+
+    Raises:
+        ValueError: If a batch-normalisation module uses batch statistics, or a dropout module is in training mode.
+    """
+    for name, module in model.named_modules():
+        where = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            if module.running_mean is None and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+                msg = f"The rows of a batch must not interact. Got {where} without running statistics: it always uses the batch's."
+                raise ValueError(msg)
+            if module.training and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+                msg = (
+                    f"The model must be in eval mode, so that the rows of a batch do not interact. Got {where} in training mode. "
+                    "Call model.eval() first (and ntklib.models.calibrate_batch_norm if its running statistics are not set yet)."
+                )
+                raise ValueError(msg)
+        elif isinstance(module, _STOCHASTIC) and module.training:
+            msg = f"The model must be deterministic. Got {where} in training mode. Call model.eval() first."
+            raise ValueError(msg)
+
+
+def check_inputs(x: Tensor, name: str) -> None:
+    """Raise unless ``x`` holds examples of finite numbers."""
+    if not isinstance(x, Tensor):
+        msg = f"{name} must be a tensor. Got {type(x).__name__}."
+        raise TypeError(msg)
+    if x.ndim == 0 or len(x) == 0:
+        msg = f"{name} must hold at least one example. Got shape {tuple(x.shape)}."
+        raise ValueError(msg)
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        msg = f"{name} must be finite. Got {int((~torch.isfinite(x)).sum())} entries that are nan or infinite."
+        raise ValueError(msg)
+
+
+def check_pair(x1: Tensor, x2: Tensor) -> None:
+    """Raise unless both inputs have the same example shape, dtype and device."""
+    if x1.shape[1:] != x2.shape[1:]:
+        msg = f"x1 and x2 must share the input shape. Got {tuple(x1.shape)} and {tuple(x2.shape)}."
+        raise ValueError(msg)
+    if (x1.dtype, x1.device) != (x2.dtype, x2.device):
+        msg = f"x1 and x2 must share dtype and device. Got {x1.dtype} on {x1.device} and {x2.dtype} on {x2.device}."
+        raise ValueError(msg)
+
+
+def check_model(f: Callable[[dict[str, Tensor], Tensor], Tensor], params: dict[str, Tensor], x: Tensor) -> None:
+    """Raise unless the model takes the inputs and returns ``[n, c]`` with c > 0."""
+    like = next(iter(params.values()))
+    if x.device != like.device:
+        msg = f"Inputs must be on the device of the parameters, {like.device}. Got {x.device}."
+        raise ValueError(msg)
+    try:
+        with torch.no_grad():
+            out = f(params, x[:1])
+    except RuntimeError as error:
+        if x.dtype != like.dtype:
+            msg = f"Inputs must have a dtype that the model takes; its parameters are {like.dtype}. Got {x.dtype}."
+            raise ValueError(msg) from error
+        raise
+    if out.shape[1] == 0 or not out.is_floating_point():
+        msg = f"The model must return at least one real output. Got shape {tuple(out.shape)} of {out.dtype}."
+        raise ValueError(msg)
