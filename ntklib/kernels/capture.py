@@ -34,7 +34,7 @@ class Leaf(Operation):
         return torch.ops.aten._unsafe_view(x, x.shape)  # the same memory, but to autograd not a view of the parameter
 
     def factors(self, g: Tensor) -> Iterator[Emission]:
-        yield (str(self.names[0]),), Rows(g.transpose(0, 1).flatten(2))
+        yield (str(self.names[0]),), Rows(g.transpose(0, 1).reshape(g.shape[1], g.shape[0], -1))
 
 
 class _Lifted(torch.autograd.Function):

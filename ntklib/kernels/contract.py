@@ -149,8 +149,8 @@ class Full(Accumulator):
         for i in range(self.n1):
             start = i if self.symmetric else 0
             c = (v[start * t :] @ u[i].T).view(-1, t, t)  # U' U^T
-            h = (right[start:] @ c).view(-1, o * t)  # G' C, [n2 k, o t]
-            self.total[i * k : (i + 1) * k, start * k :].addmm_(flat[i].view(k, o * t), h.T)
+            h = (right[start:] @ c).reshape(-1, o * t)  # G' C, [n2 k, o t]
+            self.total[i * k : (i + 1) * k, start * k :].addmm_(flat[i].reshape(k, o * t), h.T)
 
     def result(self) -> Tensor:
         if self.symmetric:
@@ -264,7 +264,7 @@ class Blocks(Accumulator):
         n, t, _ = u.shape
         flat = g.transpose(2, 3).reshape(n, -1, t)
         h = flat[self.second] @ (u[self.second] @ u[self.first].mT)
-        self.total.baddbmm_(flat[self.first].reshape(self.n1, self.k, -1), h.view(self.n1, self.k, -1).mT)
+        self.total.baddbmm_(flat[self.first].reshape(self.n1, self.k, -1), h.reshape(self.n1, self.k, -1).mT)
 
     def result(self) -> Tensor:
         if self.symmetric:

@@ -1,7 +1,7 @@
 """Operations whose per-example gradients have structure: forward, gradient with respect to the input, and factors of the Jacobian.
 
 Inside this module the example axis is physical: inputs are ``[n, *shape]`` and gradients ``[K, n, *shape]``, K being the number of
-output directions that are pulled back at once. Memory is example-major (``[n, K, ...]``), whatever the order of the axes.
+output directions that are pulled back at once. Factors are example-major, ``[n, K, ...]``.
 """
 
 import math
@@ -85,7 +85,7 @@ def same_owner(a: str, b: str) -> bool:
 
 
 def _examples_first(g: Tensor) -> Tensor:
-    return g.transpose(0, 1)  # [K, n, ...] -> [n, K, ...], contiguous in memory
+    return g.transpose(0, 1)  # [K, n, ...] -> [n, K, ...]
 
 
 class Linear(Operation):
@@ -96,7 +96,7 @@ class Linear(Operation):
         return F.linear(x, self.weight, self.bias)  # pyright: ignore[reportArgumentType]
 
     def pull_back(self, g: Tensor) -> Tensor:
-        return (_examples_first(g) @ self.weight).transpose(0, 1)  # pyright: ignore[reportOperatorIssue]
+        return g @ self.weight  # pyright: ignore[reportOperatorIssue]
 
     def factors(self, g: Tensor) -> Iterator[Emission]:
         g = _examples_first(g)
@@ -152,15 +152,14 @@ class Convolution(Operation):
         rest = tuple(h - reached for h, reached in full)
         transpose: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         lead = g.ndim - dims - 1
-        flat = self._flat(_examples_first(g), lead)
+        flat = self._flat(g, lead)
         if all(before == after for before, after in self.padding):
             out = transpose(flat, self.weight, None, self.stride, inside, rest, self.groups, self.dilation)
         else:
             out = transpose(flat, self.weight, None, self.stride, 0, rest, self.groups, self.dilation)
             for axis, ((before, _), h) in enumerate(zip(self.padding, space, strict=True)):
                 out = out.narrow(2 + axis, before, h)
-        shape = (g.shape[1], g.shape[0], *g.shape[2:lead])
-        return out.reshape(*shape, *out.shape[1:]).transpose(0, 1)
+        return out.unflatten(0, g.shape[:lead])
 
     def _patches(self) -> Tensor:
         """What each output position sees of the input, ``[n, t, groups, d]``."""

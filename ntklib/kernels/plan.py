@@ -144,11 +144,11 @@ def directions(tile: Tile, c: int, like: Tensor) -> Tensor:
     a, b = tile.row_outputs, tile.column_outputs
     k = max(a.stop - a.start, b.stop - b.start)
     sets = [(tile.rows, a)] if tile.symmetric else [(tile.rows, a), (tile.columns, b)]
-    v = like.new_zeros(sum(rows.stop - rows.start for rows, _ in sets), k, c)
+    v = like.new_zeros(k, sum(rows.stop - rows.start for rows, _ in sets), c)
     start = 0
     for rows, outputs in sets:
         stop = start + rows.stop - rows.start
         count = outputs.stop - outputs.start
-        v[start:stop, range(count), range(outputs.start, outputs.stop)] = 1
+        v[range(count), start:stop, range(outputs.start, outputs.stop)] = 1
         start = stop
-    return v.transpose(0, 1)
+    return v

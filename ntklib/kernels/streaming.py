@@ -1,6 +1,7 @@
 """Stream the factors of every parameter's Jacobian through one backward pass."""
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -92,6 +93,8 @@ def settings(*, tf32: bool = False) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented the batching rule")
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if torch.cuda.is_available():
             stack.enter_context(torch.autocast("cuda", enabled=False))
