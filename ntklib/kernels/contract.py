@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ntklib.kernels.operations import Factor, Rows
 
-BUDGET = 64 * 2**20  # bytes of written-out gradients held at a time
+BUDGET = 32 * 2**20  # bytes of written-out gradients held at a time
 _ROWS = 256  # rows of a kernel formed at a time: enough for a full-speed product, few enough for triangles
 
 

@@ -44,7 +44,7 @@ def jacobian(f: Model, params: Params, x: Tensor, v: Float[Tensor, "n k c"] | No
 
 
 def _by_loops(f: Model, params: Params, x: Tensor, v: Tensor) -> Params:
-    leaves = {name: w.detach().clone().requires_grad_() for name, w in params.items()}
+    leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in params}
     with torch.enable_grad():
         for x_i, v_i in zip(x.split(1), v, strict=True):

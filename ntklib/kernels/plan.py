@@ -83,29 +83,33 @@ def make_plan(
         "norms": n1 * c,
     }
     result = layers * values[kind] * width
+    fixed = result + width * sum(w.numel() for w in program.params.values())  # and one gradient, to check against
     free = free_memory(program.like.device)
     limit = max_memory if max_memory is not None else int(SHARE * free)
     if result > (limit if max_memory is not None else 0.9 * free):
         raise ValueError(_too_large("the result alone", result, limit if max_memory is not None else free))
-    working = min(limit - result, limit if pairs else _ENOUGH) - (2 * BUDGET if limit - result > 4 * BUDGET else 0)
+    working = limit - fixed if pairs else min(limit - fixed, _ENOUGH)
 
     def size(rows: int, k: int) -> int:
-        return rows * (program.size + k * program.size_k) * width
+        written = min(BUDGET, rows * k * program.largest * width)
+        return rows * (program.size + k * program.size_k) * width + written
 
     everything = n1 + (0 if n2 is None else n2)
     sets = 2 if pairs else 1  # a tile off the diagonal holds two chunks
     if chunk_size is None and size(everything, c) <= working:
-        return Plan(max(n1, columns), c, result + size(everything, c))
+        return Plan(max(n1, columns), c, fixed + size(everything, c))
     k = c
     if kind in ("trace", "diagonal"):  # a pass over some outputs costs no more than its share: large chunks of examples pay
         k = max(1, min(c, program.size // max(1, program.size_k)))
     if size(sets, k) > working:
         k = max(1, (working // (sets * width) - program.size) // max(1, program.size_k))
-    m = chunk_size if chunk_size is not None else max(1, working // size(sets, k))
+    m = chunk_size if chunk_size is not None else max(1, working // (sets * (program.size + k * program.size_k) * width))
+    while chunk_size is None and m > 1 and size(sets * m, k) > working:
+        m -= (m + 3) // 4
     while chunk_size is not None and k > 1 and size(sets * m, k) > working:
         k = (k + 1) // 2
-    needed = result + size(sets * min(m, max(n1, columns)), k)
-    if needed > limit and size(sets, 1) > limit - result:
+    needed = fixed + size(sets * min(m, max(n1, columns)), k)
+    if needed > limit and fixed + size(sets, 1) > limit:
         raise ValueError(_too_large("the kernel, in its smallest pieces,", needed, limit))
     return Plan(m, k, needed)
 

@@ -33,6 +33,7 @@ class Program:
         like: Dtype and device of the outputs (an empty tensor).
         size: Numbers that one example needs, besides ``size_k`` for every output direction.
         size_k: See ``size``.
+        largest: Numbers of the largest parameter, whose gradients may be written out in blocks.
         cost_k: Multiply-adds to pull one output direction back and take its squared norm, in units of a forward pass.
     """
 
@@ -42,6 +43,7 @@ class Program:
     like: Tensor
     size: int
     size_k: int
+    largest: int
     cost_k: float
 
     @property
@@ -152,7 +154,7 @@ def general_program(f: Model, params: Params, x: Tensor) -> Program:
     with torch.no_grad():
         out = f(params, x[:1])
     p = sum(w.numel() for w in params.values())
-    return Program(f, params, out.shape[1], out[:0], 2 * p, 2 * p, 2.0)  # by backpropagation to inputs and to parameters
+    return Program(f, params, out.shape[1], out[:0], 2 * p, 2 * p, 0, 2.0)  # by backpropagation to inputs and to parameters
 
 
 def structured_program(f: Model, params: Params, x: Tensor) -> Structured:
@@ -195,6 +197,7 @@ def _structured(
         like,
         size=notes.activations + max((factor.u.numel() for factor in outer), default=0),
         size_k=4 * notes.widest + 2 * written,
+        largest=max((params[name].numel() for names, _ in emissions for name in names), default=0),
         cost_k=1.0 + contraction / forward,
         leaves=leaves,
         uses=tuple(notes.uses),
@@ -203,7 +206,7 @@ def _structured(
 
 def _disagreeing(f: Model, params: Params, x: Tensor, v: Tensor, emissions: list[Emission]) -> frozenset[str]:
     """Names of parameters whose squared gradient norm, by the factors, is not what plain autograd finds."""
-    leaf = {name: w.detach().clone().requires_grad_() for name, w in params.items()}
+    leaf = {name: w.detach().requires_grad_() for name, w in params.items()}
     out = f(leaf, x)[0]
     if not out.requires_grad:
         return frozenset(name for names, _ in emissions for name in names)
