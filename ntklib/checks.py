@@ -62,19 +62,32 @@ def check_pair(x1: Tensor, x2: Tensor) -> None:
 
 
 def check_model(f: Callable[[dict[str, Tensor], Tensor], Tensor], params: dict[str, Tensor], x: Tensor) -> None:
-    """Raise unless the model takes the inputs and returns ``[n, c]`` with c > 0."""
+    """Raise unless the model takes the inputs, draws no random numbers, keeps rows apart and returns ``[n, c]`` with c > 0."""
     like = next(iter(params.values()))
     if x.device != like.device:
         msg = f"Inputs must be on the device of the parameters, {like.device}. Got {x.device}."
         raise ValueError(msg)
     try:
         with torch.no_grad():
-            out = f(params, x[:1])
+            before = _random_state(x.device)
+            alone = f(params, x[:1])
+            if not torch.equal(before, _random_state(x.device)):
+                msg = "The model must be deterministic. Got a forward pass that draws random numbers in eval mode."
+                raise ValueError(msg)
+            together = f(params, x[:2])[:1]
     except RuntimeError as error:
         if x.dtype != like.dtype:
             msg = f"Inputs must have a dtype that the model takes; its parameters are {like.dtype}. Got {x.dtype}."
             raise ValueError(msg) from error
         raise
-    if out.shape[1] == 0 or not out.is_floating_point():
-        msg = f"The model must return at least one real output. Got shape {tuple(out.shape)} of {out.dtype}."
+    if alone.shape[1] == 0 or not alone.is_floating_point():
+        msg = f"The model must return at least one real output. Got shape {tuple(alone.shape)} of {alone.dtype}."
         raise ValueError(msg)
+    difference, size = float((together - alone).abs().max()), float(alone.abs().max())
+    if difference > 10 * torch.finfo(alone.dtype).eps ** 0.5 * size:
+        msg = f"The rows of a batch must not interact. Got outputs of the first example that a second one changes by {difference:.1e}."
+        raise ValueError(msg)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

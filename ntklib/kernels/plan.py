@@ -101,13 +101,13 @@ def make_plan(
     k = c
     if kind in ("trace", "diagonal"):  # a pass over some outputs costs no more than its share: large chunks of examples pay
         k = max(1, min(c, program.size // max(1, program.size_k)))
-    if size(sets, k) > working:
-        k = max(1, (working // (sets * width) - program.size) // max(1, program.size_k))
-    m = chunk_size if chunk_size is not None else max(1, working // (sets * (program.size + k * program.size_k) * width))
+    m = chunk_size or 1
+    while k > 1 and size(sets * m, k) > working:
+        k = (k + 1) // 2
+    if chunk_size is None:
+        m = max(1, working // (sets * (program.size + k * program.size_k) * width))
     while chunk_size is None and m > 1 and size(sets * m, k) > working:
         m -= (m + 3) // 4
-    while chunk_size is not None and k > 1 and size(sets * m, k) > working:
-        k = (k + 1) // 2
     needed = fixed + size(sets * min(m, max(n1, columns)), k)
     if needed > limit and fixed + size(sets, 1) > limit:
         raise ValueError(_too_large("the kernel, in its smallest pieces,", needed, limit))
