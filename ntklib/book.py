@@ -12,6 +12,7 @@ import nbformat
 import yaml
 
 from ntklib import claims, storage
+from ntklib.benchmark_page import benchmarks_page
 from ntklib.paths import project_root, runs_root
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # the package has no __main__, and scripts may not be on the path
@@ -39,6 +40,7 @@ def build(preset: str) -> Path:
     copy_executed(preset, book / "executed")
     _write_if_changed(book / "claims.md", claims_page())
     _write_if_changed(book / "figures.md", figures_page(book / "executed"))
+    _write_if_changed(book / "benchmarks.md", GENERATED + benchmarks_page())
     command = [
         sys.executable, "-c", JUPYTER_BOOK, "build", str(book), "--config", str(project_root() / "_config.yml"),
         "--path-output", str(project_root()), "-W", "-n", "--keep-going",

@@ -85,7 +85,7 @@ def check_model(f: Callable[[dict[str, Tensor], Tensor], Tensor], params: dict[s
         raise ValueError(msg)
     difference, size = float((together - alone).abs().max()), float(alone.abs().max())
     if difference > 10 * torch.finfo(alone.dtype).eps ** 0.5 * size:
-        msg = f"The rows of a batch must not interact. Got outputs of the first example that a second one changes by {difference:.1e}."
+        msg = f"The rows of a batch must not interact. Got an output that another example changes by {difference:.1e}."
         raise ValueError(msg)
 
 

@@ -1,0 +1,103 @@
+"""The book's page of benchmark results, from the file that ``python -m benchmarks --save`` keeps."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ntklib import storage
+from ntklib.paths import project_root
+
+Row = dict[str, Any]
+HEAD = """# Benchmarks
+
+The kernels and traces of this package beside those of other packages, on the same machine, in the same run. Every method runs in a
+process of its own on one thread; rounds go through all methods in turn, and the median over rounds counts. *Ratio* is the time of a
+method over ours for the same number of examples: above 1, ours is faster. *Memory* is what the process grows by during the call.
+*Errors* are relative, in the Frobenius norm, against loops over plain automatic differentiation in float64. The *floor* is the time
+that the least number of floating-point operations known to us would take at the measured speed of a large matrix product; library
+convolutions that need fewer multiplications (Winograd's) can beat it.
+
+Run it yourself: `make bench`, or `python -m benchmarks --help`.
+"""
+
+
+def benchmarks_page() -> str:
+    """Markdown of the page; says so where nothing was measured yet."""
+    folder = project_root() / "book" / "reference"
+    parts = [HEAD]
+    for name, device in (("benchmarks.json", "CPU"), ("benchmarks_cuda.json", "GPU")):
+        stored = storage.read_json(folder / name)
+        if stored is None:
+            parts.append(f"No {device} measurement is stored.\n")
+            continue
+        parts += [_targets(stored["targets"]), *(_workload(w) for w in stored["workloads"]), _probes(stored["probes"])]
+    return "\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+
+
+def _number(value: float | None, form: str = ".3g", unit: str = "") -> str:
+    return "–" if value is None else format(value, form) + unit
+
+
+def _targets(targets: Sequence[Row]) -> str:
+    verdict = {True: "met", False: "**not met**", None: "not measured"}
+    rows = [
+        [t["text"], t["required"].replace(">=", "≥").replace("<=", "≤"), _number(t["found"]), verdict[t["met"]]] for t in targets
+    ]
+    return "## Targets\n\n" + _table(("target", "required", "found", ""), rows)
+
+
+def _workload(w: Row) -> str:
+    flops, rate = w["flops"].get(str(w["n"])), w["gemm_flops_per_second"]
+    floor = (
+        f" Floor: {flops['total'] / 1e9:.3g} GF at {rate / 1e9:.0f} GF/s, {flops['total'] / rate:.2g} s." if flops and rate else ""
+    )
+    clock = "wall_seconds" if w["device"] == "cuda" else "cpu_seconds"
+    header = ("method", "n", "seconds", "ratio", "memory, MiB", "error float32", "error float64", "of the floor")
+    rows = [
+        [
+            r["label"] + (f"<br>*{r['status']}*" if r["status"] else ""),
+            str(r["n"]), _number(r[clock]), _number(r["ratio"], ".2f"),
+            _number(r["peak_mib"], ".0f"), _number(r["error_float32"], ".1e"), _number(r["error_float64"], ".1e"),
+            _number(r["floor_fraction"], ".0%"),
+        ]
+        for r in w["methods"]
+    ]  # fmt: skip
+    said = f"n = {w['n']}. Errors on {w['compared']} examples.{floor} {_origin(w)}"
+    return f"## {w['name']}: {w['title']}\n\n{said}\n\n{_table(header, rows)}"
+
+
+def _origin(w: Row) -> str:
+    machine, git = w["machine"], w["git"]
+    state = " with changes" if git.get("dirty") else ""
+    versions = ", ".join(f"{name} {version}" for name, version in w["versions"].items() if name in PACKAGES)
+    return (
+        f"{machine['cpu']}, {machine['threads']} thread, {w['repeats']} rounds, {w['written'][:10]}, "
+        f"commit {str(git.get('commit'))[:10]}{state}; {versions}."
+    )
+
+
+PACKAGES = ("torch", "nngeometry", "backpack-for-pytorch", "curvlinops-for-pytorch", "neural-tangents", "jax")
+
+
+def _probes(probes: Row | None) -> str:
+    if probes is None:
+        return ""
+    header = (
+        "estimator",
+        "relative standard deviation of one draw",
+        "closed form",
+        "mean over exact",
+        "cost alone",
+        "cost of one of many",
+    )
+    keys = ("relative_sd", "relative_sd_closed_form", "mean_over_exact", "cost", "cost_amortised")
+    rows = [[name, *(_number(row[key]) for key in keys)] for name, row in probes["estimators"].items()]
+    said = (
+        f"{probes['title']}, n = {probes['n']}, {probes['draws']} draws. Costs are times, in forward passes. {probes['outputs']} "
+        f"orthogonal probes are exact: relative error {probes['orthogonal_error']:.1e} in float32."
+    )
+    return f"## One draw of each trace estimator\n\n{said}\n\n{_table(header, rows)}"
