@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PRESET ?= default
 JOBS ?= 2
+BENCH ?=
 PY := $(VENV)/bin/python
 
 .PHONY: help book test check lab bench clean venv
@@ -12,7 +13,7 @@ help:
 	@echo "make test    all tests, including notebooks, book and browser"
 	@echo "make check   lint, format, types and the fast tests"
 	@echo "make lab     open JupyterLab on the chapters"
-	@echo "make bench   measure speed against the peers"
+	@echo "make bench   measure speed against the peers  (BENCH=\"--quick\", \"--only W1\", \"--save\")"
 	@echo "make clean   remove built pages and caches (keeps .venv and computed runs)"
 
 venv:
@@ -35,7 +36,8 @@ lab: venv
 
 bench: venv
 	@$(PYTHON) tools/setup_venv.py $(VENV) book dev bench
-	$(PY) -m benchmarks
+	@test -d .venv-nt || $(PY) -m benchmarks install-neural-tangents || echo "going on without neural-tangents"
+	$(PY) -m benchmarks $(BENCH)
 
 clean:
 	rm -rf _build book/executed book/claims.md book/figures.md .pytest_cache .ruff_cache .hypothesis

@@ -1,84 +1,131 @@
-"""Time the kernel and the trace estimators: ``python -m benchmarks``.
+"""Measure kernels and traces beside other packages: ``python -m benchmarks``."""
 
-Contestants alternate within one process, on one thread, so that a slow phase of the machine hits all of them; the median over
-rounds is reported, and agreement is checked in the same run. The peers of the structured engine are added with that engine.
-"""
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
-import time
-from collections.abc import Callable
-
-import torch
+import click
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 
-from ntklib import empirical_ntk, models, ntk_trace
-from ntklib.random import stream
+from benchmarks import report, targets, workloads
+from benchmarks.children import Workers
+from benchmarks.install import install_neural_tangents
+from benchmarks.measure import HELPER, Options, Race
+from benchmarks.targets import Result
 
-ROUNDS = 5
-
-
-def published_recipe(model: nn.Module, x: Tensor) -> Tensor:
-    """The kernel as in torch.func's tutorial: vmap of jacrev, then one einsum per parameter."""
-    params = {k: v.detach() for k, v in model.named_parameters()}
-    buffers = dict(model.named_buffers())
-
-    def f(params: dict[str, Tensor], x_i: Tensor) -> Tensor:
-        return functional_call(model, {**params, **buffers}, (x_i[None],))[0]
-
-    jacobians = vmap(jacrev(f), (None, 0))(params, x).values()
-    return torch.stack([torch.einsum("Naf,Mbf->NMab", j.flatten(2), j.flatten(2)) for j in jacobians]).sum(0)
+PROBES = "probes"
 
 
-def medians(contestants: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each contestant over interleaved rounds, after one warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in range(rounds + 1):
-        for name, call in contestants.items():
-            start = time.perf_counter()
-            call()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
-
-
-def main() -> None:
-    """Print both tables."""
-    torch.set_num_threads(1)
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--quick", is_flag=True, help="Tiny sizes, under half a minute: shows that everything runs, says nothing on speed.")
+@click.option("--only", default="", help=f"Workloads, by comma: {', '.join(w.name for w in workloads.WORKLOADS)}, {PROBES}.")
+@click.option("--repeats", default=5, show_default=True, help="Measured rounds over all methods.")
+@click.option("--peers", default="", help=f"Packages, by comma: {', '.join(workloads.PEERS)}; 'none' for ours alone.")
+@click.option("--budget", default=150.0, show_default=True, help="Seconds after which a method gets no further round.")
+@click.option("--timeout", default=900.0, show_default=True, help="Seconds that one call may take.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute.")
+@click.option("--save", is_flag=True, help="Keep the results in book/reference.")
+@click.pass_context
+def main(
+    context: click.Context, quick: bool, only: str, repeats: int, peers: str, budget: float, timeout: float, device: str, save: bool
+) -> None:
+    """Time methods in turn on one thread, with agreement in float64, peak memory and the fraction of the floor."""
+    if context.invoked_subcommand:
+        return
+    if save and quick:
+        msg = "--save keeps measurements at full size. Leave out --quick."
+        raise click.UsageError(msg)
+    chosen = names(only, [*(w.name for w in workloads.WORKLOADS), PROBES]) or [
+        *(w.name for w in workloads.WORKLOADS if device in (w.device or device)), PROBES
+    ]  # fmt: skip
+    packages = () if peers == "none" else tuple(names(peers, list(workloads.PEERS))) or workloads.PEERS
+    if device == "cuda":
+        packages = tuple(p for p in packages if p != "neural-tangents")  # its JAX knows only the CPU
+        require_cuda()
+    options = Options(packages, quick, 0 if quick else repeats, budget, timeout, device)
     console = Console()
-    workloads = {
-        "MLP 784-64-64-10, n = 32": (models.build("mlp", input_shape=(1, 28, 28), num_classes=10, width=64), 32),
-        "ResNet-18, width 8, n = 16": (models.build("resnet18", input_shape=(1, 28, 28), num_classes=10, width=8), 16),
-    }
-    table = Table("workload", "ours (s)", "torch.func recipe (s)", "ratio", "relative difference", title="exact kernel, float32")
-    estimates = Table("workload", "method", "seconds per draw", "relative sd", "draws for 1 %", "seconds for 1 %", title="trace")
-    for name, (model, n) in workloads.items():
-        model.eval()
-        x = torch.randn(n, 1, 28, 28, generator=stream(0, "x"))
-        ours, theirs = empirical_ntk(model, x), published_recipe(model, x)
-        found = medians({"ours": lambda m=model, x=x: empirical_ntk(m, x), "recipe": lambda m=model, x=x: published_recipe(m, x)})
-        difference = float((ours - theirs).norm() / theirs.norm())
-        ratio = found["recipe"] / found["ours"]
-        table.add_row(name, f"{found['ours']:.3f}", f"{found['recipe']:.3f}", f"{ratio:.2f}x", f"{difference:.1e}")
-        for row in estimator_rows(model, x):
-            estimates.add_row(name, *row)
-    console.print(table)
-    console.print(estimates)
+    measure(chosen, options, console if console.is_terminal else Console(width=124), save=save)
 
 
-def estimator_rows(model: nn.Module, x: Tensor, draws: int = 32) -> list[list[str]]:
-    """Cost and scatter of one draw of each estimator, and what a relative standard error of 1 % costs."""
-    exact = ntk_trace(model, x).mean
-    rows = []
-    for method, options in {"perturbation": {"epsilon": 1e-3}, "jvp": {}, "output": {}}.items():
-        start = time.perf_counter()
-        estimate = ntk_trace(model, x, method=method, num_samples=draws, generator=stream(0, method), **options)
-        seconds = (time.perf_counter() - start) / draws
-        scatter = estimate.variance**0.5 / exact
-        needed = max(1, round((scatter / 0.01) ** 2))
-        rows.append([method, f"{seconds:.4f}", f"{scatter:.3f}", f"{needed}", f"{seconds * needed:.3g}"])
-    return rows
+@main.command("install-neural-tangents")
+@click.option("--python", default=sys.executable, help="Interpreter, of version 3.9 to 3.12.")
+def install(python: str) -> None:
+    """Make .venv-nt, the environment of neural-tangents with the JAX of its time."""
+    try:
+        install_neural_tangents(python)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise click.ClickException(f"neural-tangents could not be installed: {error}") from error  # noqa: EM102
+    click.echo("neural-tangents is ready; python -m benchmarks will use it.")
+
+
+def names(given: str, allowed: list[str]) -> list[str]:
+    """Split a list by commas.
+
+    Raises:
+        click.UsageError: If a name is unknown.
+    """
+    found = [name.strip() for name in given.split(",") if name.strip()]
+    for name in found:
+        if name not in allowed:
+            msg = f"Unknown name {name!r}. Known: {', '.join(allowed)}."
+            raise click.UsageError(msg)
+    return found
+
+
+def require_cuda() -> None:
+    """Stop where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        msg = "--device cuda needs a GPU that PyTorch sees. Got none."
+        raise click.UsageError(msg)
+
+
+def measure(chosen: list[str], options: Options, console: Console, *, save: bool) -> tuple[list[Result], Result | None]:
+    """Run the chosen workloads, print tables, keep results as they come; return them."""
+    results: list[Result] = []
+    probes, workers = None, Workers()
+    with tempfile.TemporaryDirectory() as folder, console.status("starting") as status:
+        try:
+            for name in chosen:
+                if name == PROBES:
+                    status.update("trace estimators")
+                    probes = run_probes(options, workers)
+                    report.print_probes(console, probes)
+                else:
+                    workload = workloads.find(name, is_quick=options.quick)
+                    found = Race(workload, options, workers, Path(folder), status.update).run()
+                    results.append(targets.completed(found) | report.origin(found["versions"], options.repeats))
+                    report.print_workload(console, results[-1])
+                if not options.quick:
+                    workers.close()
+                if save:
+                    report.save(results, probes, options.device)
+        finally:
+            workers.close()
+    if options.device == "cpu" and not options.quick:
+        report.print_targets(console, targets.judge({r["name"]: r for r in results}, probes))
+    if save:
+        console.print(f"kept in {report.path(options.device).relative_to(workloads.ROOT)}")
+    return results, probes
+
+
+def run_probes(options: Options, workers: Workers) -> Result:
+    """Scatter and cost of the trace estimators on W2.
+
+    Raises:
+        RuntimeError: If the measurement fails.
+    """
+    workload = workloads.find("W2", is_quick=options.quick)
+    workers.start({HELPER: "benchmarks.torch_worker"})
+    job = {"do": "probes", "workload": "W2", "quick": options.quick, "device": options.device, "dtype": "float32", "n": workload.n}
+    answer = workers.ask(HELPER, job | {"draws": 4 if options.quick else 24}, options.timeout)
+    if "error" in answer:
+        msg = f"the trace estimators could not be measured: {answer['error']}"
+        raise RuntimeError(msg)
+    about = {"title": workload.title, "n": workload.n}
+    return about | answer | report.origin(workers.versions(), 1)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ntklib.kernels.plan import Plan, directions, make_plan, tiles
 from ntklib.kernels.streaming import Program
 
 PROGRAM = Program(
-    f=lambda params, x: x,
+    f=lambda _, x: x,
     params={"w": torch.zeros(50)},
     c=7,
     like=torch.empty(0, 7),
