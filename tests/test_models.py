@@ -51,6 +51,21 @@ def test_a_residual_block_adds_its_input():
     assert torch.equal(block(x), x)  # g = 0 and x >= 0
 
 
+def test_a_strided_block_adds_a_strided_convolution_of_its_input():
+    block = ResNet("resnet18", in_channels=3, num_classes=2, width=4).double().eval().layer2[0]
+    x = torch.randn(5, 4, 7, 8, generator=stream(0, "x"), dtype=torch.float64)
+    conv, norm = block.shortcut
+    expected = torch.relu(block.body(x) + norm(torch.conv2d(x, conv.weight, stride=2)))
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)  # reordered sums
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_convolution_of_single_pixels_has_a_stride(name):
+    """Its backward pass in float32 on narrow layers crashes on processors without AVX-512."""
+    layers = [m for m in ResNet(name, in_channels=3, num_classes=2, width=4).modules() if isinstance(m, nn.Conv2d)]
+    assert not [m for m in layers if m.kernel_size == (1, 1) and m.stride != (1, 1)]
+
+
 @pytest.mark.parametrize(
     ("activation", "by_hand"), [("relu", lambda z: z.clamp(min=0)), ("tanh", torch.tanh), ("identity", lambda z: z)]
 )

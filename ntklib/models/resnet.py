@@ -23,10 +23,13 @@ class Block(nn.Module):
             body += [_conv(channels[i], channels[i + 1], kernel, step), nn.BatchNorm2d(channels[i + 1]), nn.ReLU()]
         self.body = nn.Sequential(*body[:-1])  # the last ReLU comes after the sum
         same = stride == 1 and c_in == c_out
-        self.shortcut = nn.Identity() if same else nn.Sequential(_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+        self.shortcut = nn.Identity() if same else nn.Sequential(_conv(c_in, c_out, 1), nn.BatchNorm2d(c_out))
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
+        # the stride before the 1x1 convolution: the same numbers, and with it inside, oneDNN on processors without AVX-512 writes
+        # beyond its memory in the backward pass of 2 to 6 channels (github.com/uxlfoundation/oneDNN/issues/6035)
+        return torch.relu(self.body(x) + self.shortcut(x[..., :: self.stride, :: self.stride]))
 
 
 class ResNet(nn.Module):
