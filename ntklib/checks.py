@@ -62,8 +62,12 @@ def check_pair(x1: Tensor, x2: Tensor) -> None:
 
 
 def check_model(f: Callable[[dict[str, Tensor], Tensor], Tensor], params: dict[str, Tensor], x: Tensor) -> None:
-    """Raise unless the model takes the inputs, draws no random numbers, keeps rows apart and returns ``[n, c]`` with c > 0."""
+    """Raise unless the model is real, takes the inputs, draws no random numbers, keeps rows apart and returns ``[n, c]``, c > 0."""
     like = next(iter(params.values()))
+    for name, w in params.items():
+        if not w.is_floating_point():
+            msg = f"Trainable parameters must be real. Got {name!r} of {w.dtype}."
+            raise ValueError(msg)
     if x.device != like.device:
         msg = f"Inputs must be on the device of the parameters, {like.device}. Got {x.device}."
         raise ValueError(msg)

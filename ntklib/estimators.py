@@ -89,8 +89,8 @@ def ntk_trace(
             estimates are far more certain than the estimates. Default: torch's global.
         output: Name of an inner module whose output, flattened, is f in place of the model's.
         params: Names of the trainable parameters that count. Default: all.
-        chunk_size: Examples worked on at a time. Default: as many as fit in ``max_memory``.
-        max_memory: Bytes that the work may take. Default: half of the free memory.
+        chunk_size: Examples worked on at a time. Default: as many as fit in ``max_memory``; all, for ``perturbation`` and ``jvp``.
+        max_memory: Bytes that ``exact`` and ``output`` may take. Default: half of the free memory.
 
     Raises:
         ValueError: If rows interact, a name is unknown, an option does not fit the method, or inputs are empty or not finite.
@@ -103,8 +103,10 @@ def ntk_trace(
     with prepared(request) as (program, x, _), torch.no_grad():
         problem = _Problem(program, x, num_samples, generator, epsilon, probes, chunk_size, max_memory)
         draws, cost = _SAMPLERS[method](problem)
+        state = generator.get_state()
         draws = draws.double() / (len(x) * program.c if normalize else 1)
         share = 1 - num_samples / program.c if method == "output" and probes == "orthogonal" else 1.0
+    generator.set_state(state)  # the global one, too, moves on: the next call draws afresh
     sem = float(draws.std() * math.sqrt(share / num_samples)) if num_samples > 1 else math.nan
     return TraceEstimate(float(draws.mean()), 0.0 if share == 0 else sem, num_samples, cost)
 
@@ -150,8 +152,12 @@ class _Problem:
     chunk_size: int | None
     max_memory: int | None
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.x.split(self.chunk_size or len(self.x))
+
     def f(self, params: Params) -> Tensor:
-        return self.program.f(params, self.x)
+        return torch.cat([self.program.f(params, part) for part in self.parts])
 
     @property
     def params(self) -> Params:
@@ -188,7 +194,8 @@ def _perturbation(q: _Problem) -> Drawn:
 
 def _jvp(q: _Problem) -> Drawn:
     def measure(direction: Params) -> Tensor:
-        return directional_derivative(q.program.f, q.params, q.x, direction).square().sum()
+        parts = [directional_derivative(q.program.f, q.params, part, direction) for part in q.parts]
+        return torch.cat(parts).square().sum()
 
     return _per_draw(q, measure), 3.0 * q.num_samples  # outputs, and two products per layer for their derivative
 

@@ -71,7 +71,7 @@ def functional_model(model: nn.Module, *, output: str | None = None, params: Ite
     r"""Return the pure function f(params, x) of a module and its current trainable parameters.
 
     Trainable means ``requires_grad``; frozen parameters and buffers are constants of the function. Tied weights appear once.
-    The module itself (mode, parameters, buffers, gradients) is never changed by calls of the returned function.
+    The module itself (mode, parameters, buffers, gradients) and the inputs are never changed by calls of the returned function.
 
     Args:
         model: A module whose rows do not interact (see ``check_rows_independent``), ``[n, *input] -> [n, c]``.
@@ -109,6 +109,7 @@ def functional_model(model: nn.Module, *, output: str | None = None, params: Ite
     def f(params: Params, x: Tensor) -> Tensor:
         copies = {name: b.clone() for name, b in buffers.items()}  # a module may count its calls in a buffer
         tensors = {**constants, **copies, **params}
+        x = x.clone()  # a module may work in place
         return _call(model, {place: tensors[name] for place, name in places.items()}, x, output)
 
     return f, chosen

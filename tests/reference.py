@@ -14,7 +14,8 @@ def gradients_by_definition(model: nn.Module, x: Tensor) -> Tensor:
     for i in range(len(x)):
         out = model(x[i : i + 1])[0]
         for a in range(len(out)):
-            grads = torch.autograd.grad(out[a], params, retain_graph=True, allow_unused=True)
+            used = out.requires_grad  # otherwise the outputs are constants
+            grads = torch.autograd.grad(out[a], params, retain_graph=True, allow_unused=True) if used else [None] * len(params)
             pieces = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, params, strict=True)]
             rows.append(torch.cat([g.reshape(-1) for g in pieces]))
     return torch.stack(rows).reshape(len(x), -1, rows[0].numel())

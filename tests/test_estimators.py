@@ -160,3 +160,107 @@ def test_a_single_draw_has_no_standard_error(method, options):
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ntk_trace(net(), normal(5, 4), **options)
+
+
+def orthogonal(model, x, num_samples, **options):
+    return estimate(model, x, "output", num_samples, probes="orthogonal", **options)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_as_many_orthogonal_probes_as_outputs_are_exact(chunk_size):
+    model, x = net(bias=True), normal(5, 4)
+    result = orthogonal(model, x, 3, chunk_size=chunk_size)
+    exact = trace_by_definition(ntk_by_definition(model, x, x))
+    assert result.mean == pytest.approx(exact, rel=1e-12)  # an orthogonal matrix in float64
+    assert result.sem == 0
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_fewer_orthogonal_probes_are_unbiased(num_samples):
+    model, x = net(), normal(16, 4)
+    means = torch.tensor([orthogonal(model, x, num_samples, seed=seed).mean for seed in range(300)], dtype=torch.float64)
+    exact = trace_by_definition(ntk_by_definition(model, x, x))
+    assert_mean(float(means.mean()), float(means.std()) / math.sqrt(300), exact)
+
+
+def z_scores(method, num_samples, runs, **options):
+    """(mean - truth) / sem of independent runs."""
+    model, x = net(), normal(8, 4)
+    exact = trace_by_definition(ntk_by_definition(model, x, x))
+    results = [estimate(model, x, method, num_samples, seed=seed, **options) for seed in range(runs)]
+    return torch.tensor([(result.mean - exact) / result.sem for result in results], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_samples", "options"),
+    [("jvp", 400, {}), ("perturbation", 400, {"epsilon": 1e-4}), ("output", 40, {})],
+)
+def test_errors_are_as_large_as_the_standard_error_says(method, num_samples, options):
+    z = z_scores(method, num_samples, 150, **options)
+    assert abs(float(z.mean())) < 4 / math.sqrt(150)  # mean zero
+    assert 0.75 < float(z.std()) < 1.25  # standard deviation one, itself known to 6 %
+
+
+def test_errors_of_two_orthogonal_probes_are_as_large_as_the_standard_error_says():
+    # with two draws z is heavy-tailed; the mean square of the errors against the mean of sem^2 is not
+    model, x = net(), normal(8, 4)
+    exact = trace_by_definition(ntk_by_definition(model, x, x))
+    results = [orthogonal(model, x, 2, seed=seed) for seed in range(300)]
+    mean_square = sum((result.mean - exact) ** 2 for result in results) / 300
+    assert 0.7 < sum(result.sem**2 for result in results) / 300 / mean_square < 1.4  # each known to about 10 %
+
+
+def test_the_cost_of_every_method_is_in_forward_passes():
+    model, x = net(), normal(5, 4)
+    exact = ntk_trace(model, x)
+    assert exact.cost == 1 + 3  # one forward pass, and c backward passes to the inputs
+    assert estimate(model, x, "output", 2).cost == 1 + 2
+    assert orthogonal(model, x, 3).cost == exact.cost  # and the same number
+    assert estimate(model, x, "perturbation", 6, epsilon=0.1).cost == 1 + 6
+    assert estimate(model, x, "jvp", 6).cost == 3 * 6
+
+
+@pytest.mark.parametrize(("method", "options"), [("exact", {}), *RANDOM, ("output", {"probes": "orthogonal"})])
+def test_naming_parameters_is_freezing_the_others(method, options):
+    model, x = net((5, 4), bias=True), normal(5, 4)
+    names = [name for name, _ in model.named_parameters()][1:3]
+    named = estimate(model, x, method, 2, params=names, **options)
+    for name, w in model.named_parameters():
+        w.requires_grad_(name in names)
+    frozen = estimate(model, x, method, 2, **options)
+    assert (named.mean, named.sem) == pytest.approx((frozen.mean, frozen.sem), rel=1e-10)  # the same draws
+
+
+@pytest.mark.parametrize(("method", "options"), [("exact", {}), *RANDOM, ("output", {"probes": "orthogonal"})])
+def test_the_trace_of_an_inner_output_is_that_of_the_network_cut_there(method, options):
+    whole = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    x = normal(5, 4)
+    names = ["0.weight", "0.bias"]
+    inner = estimate(whole, x, method, 2, output="1", params=names, **options)
+    cut = estimate(whole[:2], x, method, 2, **options)
+    assert (inner.mean, inner.sem) == pytest.approx((cut.mean, cut.sem), rel=1e-10)  # the same draws
+
+
+@pytest.mark.parametrize(("method", "options"), RANDOM)
+def test_common_random_numbers_tell_two_checkpoints_apart_far_better(method, options):
+    model, x, moved = net(), normal(8, 4), net()
+    with torch.no_grad():
+        for w in moved.parameters():
+            w.mul_(1.01)
+    truth = ntk_trace(moved, x, normalize=False).mean - ntk_trace(model, x, normalize=False).mean
+
+    def errors(offset):
+        pairs = [
+            (estimate(moved, x, method, 1, seed=s + offset, **options), estimate(model, x, method, 1, seed=s, **options))
+            for s in range(30)
+        ]
+        return math.sqrt(sum((a.mean - b.mean - truth) ** 2 for a, b in pairs) / 30)
+
+    assert errors(0) < errors(1000) / 10
+
+
+def test_one_probe_of_the_outputs_is_far_more_certain_than_one_of_the_weights():
+    model, x = net((20,), d=10, c=5), normal(20, 10)
+    spread = {method: math.sqrt(estimate(model, x, method, 200, **options).variance) for method, options in RANDOM}
+    assert spread["output"] < spread["jvp"] / 10
+    assert spread["output"] < spread["perturbation"] / 10

@@ -19,6 +19,7 @@ PROGRAM = Program(
     size_k=400,
     largest=50,
     cost_k=1.0,
+    emissions=1,
 )
 
 

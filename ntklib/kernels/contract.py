@@ -2,7 +2,7 @@
 
 With J[n,k,:,:] = sum_t G[n,k,t,:] U[n,t,:]^T (o x d numbers) the product of two gradients can be formed
 
-- *explicit*: J in blocks of output channels, then its Gram matrix;
+- *explicit*: J in blocks, then its Gram matrix;
 - *contracted*: C = U U'^T (t x t' numbers) first, then G' C, then its product with G: cheaper where t is small;
 - *ghost*: (U U'^T) times (G G'^T), entry by entry, summed over t, t': always for t = 1, and where outputs are summed anyway;
 - *rank one*: where G[n,k,t,o] = W[k,o] M[n,t,o], as below a pooled linear head, one Gram matrix per channel serves all k.
@@ -10,15 +10,29 @@ With J[n,k,:,:] = sum_t G[n,k,t,:] U[n,t,:]^T (o x d numbers) the product of two
 Multiply-adds are counted before choosing. Sums over pairs of examples are formed above the diagonal only, then mirrored.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ntklib.kernels.operations import Factor, Rows
+from ntklib.kernels.operations import Factor, Outer, Rows
 
 BUDGET = 32 * 2**20  # bytes of written-out gradients held at a time
-_ROWS = 256  # rows of a kernel formed at a time: enough for a full-speed product, few enough for triangles
+_ROWS = 160  # rows of a kernel formed at a time: enough for a full-speed product, few enough for triangles
+
+
+class Scratch:
+    """Memory that blocks are written to one after the other: to enter new memory takes longer than to compute what it is for."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.memory = like.new_empty(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if self.memory.numel() < size:
+            self.memory = self.memory.new_empty(size)
+        return self.memory[:size].view(shape)
 
 
 class Accumulator:
@@ -32,11 +46,13 @@ class Accumulator:
         k: Number of output directions.
         n1: Size of the first set, or None.
         like: Dtype and device of the result.
+        scratch: Memory for blocks, that several accumulators may share.
     """
 
     total: Tensor
 
-    def __init__(self, n: int, k: int, n1: int | None, like: Tensor) -> None:
+    def __init__(self, n: int, k: int, n1: int | None, like: Tensor, scratch: Scratch | None = None) -> None:
+        self.scratch = scratch if scratch is not None else Scratch(like)
         self.symmetric = n1 is None
         self.first = slice(0, n if n1 is None else n1)
         self.second = slice(0 if n1 is None else n1, n)
@@ -50,8 +66,10 @@ class Accumulator:
     def add(self, factor: Factor) -> None:
         """Add the contribution of one factor."""
         if isinstance(factor, Rows):
-            self.rows(factor.j)
+            self.rows(factor.j.to(self.total.dtype))  # of a part of the model in another precision
             return
+        if factor.g.dtype != self.total.dtype:
+            factor = Outer(factor.u.to(self.total.dtype), factor.g.to(self.total.dtype), factor.bias)
         t = factor.u.shape[1]
         if factor.bias and (t > 1 or factor.u.shape[2] > 1):
             self.rows(factor.g.sum(2).flatten(2))
@@ -71,10 +89,11 @@ class Accumulator:
         """A factor with several positions, ``u [n, t, d]`` and ``g [n, k, t, o]``."""
         split = rank_one(g)
         if split is not None:
-            self.channels(split[0], (split[1].mT @ u).transpose(0, 1))  # [o, n, d]
+            for w, s in _channel_blocks(*split, u, self.scratch):
+                self.channels(w, s)
             return
         if self._explicit(u, g):
-            for j in write_out(u, g):
+            for j in write_out(u, g, self.scratch):
                 self.rows(j)
         else:
             self.contracted(u, g)
@@ -119,7 +138,7 @@ class Full(Accumulator):
 
     def rows(self, j: Tensor) -> None:
         j1, j2 = j[self.first].flatten(0, 1), j[self.second].flatten(0, 1)
-        step = _ROWS if self.symmetric else len(j1)
+        step = max(64, min(_ROWS, len(j1) // 4)) if self.symmetric else len(j1)
         for i in range(0, len(j1), step):
             start = i if self.symmetric else 0
             self.total[i : i + step, start:].addmm_(j1[i : i + step], j2[start:].T)
@@ -296,16 +315,32 @@ class Norms(Accumulator):
             self.total[i] += ((c[i] @ g[i]) * g[i]).sum((1, 2))
 
 
-def write_out(u: Tensor, g: Tensor) -> Iterator[Tensor]:
-    """Gradients of a block of output channels at a time, ``[n, k, channels d]``, from ``u [n, t, d]`` and ``g [n, k, t, o]``."""
+def write_out(u: Tensor, g: Tensor, scratch: Scratch) -> Iterator[Tensor]:
+    """Gradients in blocks of inputs and output channels, ``[n, k, block]``, from ``u [n, t, d]`` and ``g [n, k, t, o]``.
+
+    Every block is written over the one before it.
+    """
     (n, _, d), k, o = u.shape, g.shape[1], g.shape[3]
-    step = max(1, min(o, BUDGET // (n * k * d * u.element_size())))
+    room = BUDGET // (n * k * u.element_size())  # numbers of one example and output
+    channels = min(o, max(64, math.isqrt(room)))
+    inputs = max(1, min(d, room // channels))
+    for i in range(0, o, channels):
+        for first in range(0, d, inputs):
+            part, seen = g[..., i : i + channels], u[..., first : first + inputs].mT
+            j = scratch(n, k, seen.shape[1], part.shape[3])
+            for a in range(k):
+                torch.bmm(seen, part[:, a], out=j[:, a])
+            yield j.flatten(2)
+
+
+def _channel_blocks(w: Tensor, m: Tensor, u: Tensor, scratch: Scratch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of channels (w[k,o], s[o,n,:] = sum_t m[n,t,o] u[n,t,:]) of a rank-one factor, each over the one before it."""
+    (n, _, d), o = u.shape, w.shape[1]
+    step = max(16, BUDGET // (n * d * u.element_size()))
     for i in range(0, o, step):
-        part = g[..., i : i + step]
-        j = u.new_empty(n, k, part.shape[3], d)
-        for a in range(k):
-            torch.bmm(part[:, a].mT, u, out=j[:, a])
-        yield j.flatten(2)
+        part = m[..., i : i + step]
+        s = scratch(n, part.shape[2], d)
+        yield w[:, i : i + step], torch.bmm(part.mT, u, out=s).transpose(0, 1)
 
 
 def _write_out_groups(u: Tensor, g: Tensor) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ntklib.checks import check_inputs, check_model, check_pair
 from ntklib.functional import Model, Params, functional_model, unwrap
-from ntklib.kernels.contract import ACCUMULATORS, Accumulator, Norms
+from ntklib.kernels.contract import ACCUMULATORS, Accumulator, Norms, Scratch
 from ntklib.kernels.operations import Emission
 from ntklib.kernels.plan import Plan, Tile, directions, make_plan, tiles
 from ntklib.kernels.streaming import Program, general_program, settings, structured_program
@@ -153,7 +153,8 @@ def _tile(
     v = directions(tile, program.c, program.like)
     x = x1[tile.rows] if tile.symmetric else torch.cat([x1[tile.rows], (x1 if x2 is None else x2)[tile.columns]])
     split = None if tile.symmetric else tile.rows.stop - tile.rows.start
-    sums = {name: ACCUMULATORS[kind](len(x), len(v), split, program.like) for name in names}
+    scratch = Scratch(program.like)
+    sums = {name: ACCUMULATORS[kind](len(x), len(v), split, program.like, scratch) for name in names}
 
     def visit(emission: Emission) -> None:
         sums[keys[emission[0][0]]].add(emission[1])
@@ -210,12 +211,18 @@ def layers(model: nn.Module, params: Params) -> dict[str, str]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Raise if the work inside changes a parameter; random generators are put back as they were."""
     versions = {name: w._version for name, w in model.named_parameters()}
+    failure: RuntimeError | None = None
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else ()):
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # autograd refuses some changes
+            failure = error
     for name, w in model.named_parameters():
         if w._version != versions[name]:
             msg = f"The model must not change its parameters in a forward pass. Got a change of {name!r}."
-            raise ValueError(msg)
+            raise ValueError(msg) from failure
+    if failure is not None:
+        raise failure
 
 
 def _usable(x: Tensor) -> Tensor:

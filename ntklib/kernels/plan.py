@@ -66,9 +66,13 @@ def make_plan(
         max_memory: Bytes that may be used, result included. Default: half of what is free.
 
     Raises:
+        TypeError: If a number is not whole.
         ValueError: If a number is not positive, or the kernel does not fit.
     """
     for name, value in (("chunk_size", chunk_size), ("max_memory", max_memory)):
+        if value is not None and not isinstance(value, int):
+            msg = f"{name} must be a whole number. Got {value!r}."
+            raise TypeError(msg)
         if value is not None and value < 1:
             msg = f"{name} must be at least 1. Got {value}."
             raise ValueError(msg)

@@ -35,6 +35,7 @@ class Program:
         size_k: See ``size``.
         largest: Numbers of the largest parameter, whose gradients may be written out in blocks.
         cost_k: Multiply-adds to pull one output direction back and take its squared norm, in units of a forward pass.
+        emissions: How often ``stream`` calls ``visit``.
     """
 
     f: Model
@@ -45,11 +46,7 @@ class Program:
     size_k: int
     largest: int
     cost_k: float
-
-    @property
-    def emissions(self) -> int:
-        """How often ``stream`` calls ``visit``."""
-        return len(self.params)
+    emissions: int
 
     def stream(self, x: Tensor, v: Tensor, visit: Visit) -> None:
         """Call ``visit`` with (names, factor) until every wanted parameter's gradients along ``v`` are accounted for.
@@ -74,10 +71,6 @@ class Structured(Program):
 
     leaves: frozenset[str]
     uses: tuple[Use, ...]
-
-    @property
-    def emissions(self) -> int:
-        return len(self.leaves) + len(self.uses)
 
     def stream(self, x: Tensor, v: Tensor, visit: Visit) -> None:
         with torch.enable_grad():
@@ -154,7 +147,8 @@ def general_program(f: Model, params: Params, x: Tensor) -> Program:
     with torch.no_grad():
         out = f(params, x[:1])
     p = sum(w.numel() for w in params.values())
-    return Program(f, params, out.shape[1], out[:0], 2 * p, 2 * p, 0, 2.0)  # by backpropagation to inputs and to parameters
+    cost_k = 2.0  # backpropagation to inputs and to parameters
+    return Program(f, params, out.shape[1], out[:0], 2 * p, 2 * p, 0, cost_k, len(params))
 
 
 def structured_program(f: Model, params: Params, x: Tensor) -> Structured:
@@ -166,9 +160,10 @@ def structured_program(f: Model, params: Params, x: Tensor) -> Structured:
     leaves: frozenset[str] = frozenset()
     while True:
         emissions: list[Emission] = []
-        out, root, notes = watched(f, params, leaves, x[:1], emissions.append)
+        tracked = {name: w if name in leaves else w.detach().requires_grad_() for name, w in params.items()}
+        out, root, notes = watched(f, tracked, leaves, x[:1], emissions.append)
         counts = Counter(name for _, names in notes.uses for name in names if name is not None)
-        wrong = notes.unruled | {name for name, count in counts.items() if count > 1}
+        wrong = notes.unruled | {name for name, count in counts.items() if count > 1} | _unwatched(out, tracked)
         if not wrong:
             v = torch.cos(torch.arange(1.0, notes.c + 1, device=x.device)).to(out.dtype)
             pull_back(out, root, v[None, None])
@@ -201,7 +196,23 @@ def _structured(
         cost_k=1.0 + contraction / forward,
         leaves=leaves,
         uses=tuple(notes.uses),
+        emissions=len(emissions),
     )
+
+
+def _unwatched(out: Tensor, params: Params) -> set[str]:
+    """Names of parameters that the graph of the outputs reaches: used beside what is watched, on whichever examples it matters."""
+    names = {id(w): name for name, w in params.items()}
+    found: set[str] = set()
+    seen: set[Any] = set()
+    todo: list[Any] = [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.add(names.get(id(getattr(node, "variable", None)), ""))  # where a graph ends, it names the tensor
+            todo += [before for before, _ in node.next_functions]
+    return found - {""}
 
 
 def _disagreeing(f: Model, params: Params, x: Tensor, v: Tensor, emissions: list[Emission]) -> frozenset[str]:
@@ -213,7 +224,7 @@ def _disagreeing(f: Model, params: Params, x: Tensor, v: Tensor, emissions: list
     grads = torch.autograd.grad(out, list(leaf.values()), v, allow_unused=True)
     truth = {name: 0.0 if g is None else float(g.square().sum()) for name, g in zip(leaf, grads, strict=True)}
     scale = sum(truth.values())
-    tolerance = TOLERANCE * torch.finfo(out.dtype).eps
+    tolerance = TOLERANCE * max(torch.finfo(w.dtype).eps for w in (out, *params.values()))
     found: dict[tuple[str, ...], float] = {(name,): 0.0 for name in params}
     with torch.no_grad():
         for names, factor in emissions:

@@ -1,0 +1,133 @@
+"""Every order in which factors can be contracted gives what the written-out gradients give."""
+
+from itertools import product
+
+import pytest
+import torch
+from engine_case import assert_kernel
+from engine_cases import truth
+from reference import reduce_by_definition
+
+from ntklib.kernels import contract, empirical_ntk, ntk_diagonal
+from ntklib.kernels.contract import ACCUMULATORS
+from ntklib.kernels.operations import Factor, Outer, Rows
+from ntklib.random import stream
+
+ORDERS = {"explicit": (0.0, 1.0), "contracted": (1.0, 0.0), "by cost": None}
+K, N = 3, 5
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=stream(seed, "factor"), dtype=torch.float64)
+
+
+def outer(t: int, groups: int, *, bias: bool = False) -> Outer:
+    return Outer(normal(N, t, groups, 4), normal(N, K, t, groups, 2, seed=1), bias)
+
+
+FACTORS: dict[str, Factor] = {
+    "rows": Rows(normal(N, K, 4)),
+    "one position": outer(1, 1),
+    "one position and bias": outer(1, 1, bias=True),
+    "positions": outer(3, 1),
+    "positions and bias": outer(3, 1, bias=True),
+    "groups": outer(3, 2),
+    "groups and bias": outer(3, 2, bias=True),
+    "groups at one position": outer(1, 2, bias=True),
+    "rank one": Outer(normal(N, 3, 1, 4), (normal(K, 1, 2, seed=1) * normal(N, 1, 3, 2, seed=2))[:, :, :, None], bias=True),
+    "rank one in many channels": Outer(normal(N, 3, 1, 4), (normal(K, 1, 40, seed=1) * normal(N, 1, 3, 40, seed=2))[:, :, :, None]),
+    "rank one with a dead channel": Outer(
+        normal(N, 3, 1, 4), (normal(K, 1, 2, seed=1) * torch.tensor([0.0, 1.0]) * normal(N, 1, 3, 2, seed=2))[:, :, :, None]
+    ),
+}
+
+
+def written_out(factor: Factor) -> torch.Tensor:
+    """The gradients ``[n, k, p]`` by loops over what the factor's definition sums."""
+    if isinstance(factor, Rows):
+        return factor.j
+    n, t, groups, d = factor.u.shape
+    o = factor.g.shape[-1]
+    weight = torch.zeros(n, K, groups, o, d, dtype=torch.float64)
+    bias = torch.zeros(n, K, groups, o, dtype=torch.float64)
+    for i, k, s, group, a in product(range(n), range(K), range(t), range(groups), range(o)):
+        weight[i, k, group, a] += factor.g[i, k, s, group, a] * factor.u[i, s, group]
+        bias[i, k, group, a] += factor.g[i, k, s, group, a]
+    return torch.cat([weight.flatten(2), bias.flatten(2)], 2) if factor.bias else weight.flatten(2)
+
+
+def expected(kind: str | None, j1: torch.Tensor, j2: torch.Tensor) -> torch.Tensor:
+    kernel = torch.einsum("iap,jbp->ijab", j1, j2)
+    if kind == "blocks":
+        return torch.stack([kernel[i, i] for i in range(len(j1))])
+    if kind == "norms":
+        return torch.stack([kernel[i, i].diagonal() for i in range(len(j1))])
+    reduced = reduce_by_definition(kernel, kind)
+    return reduced.transpose(1, 2) if kind is None else reduced  # example-major
+
+
+@pytest.fixture(params=ORDERS)
+def order(request, monkeypatch):
+    """Contract in this order, in pieces as small as they get."""
+    for accumulator in ACCUMULATORS.values() if ORDERS[request.param] else ():
+        monkeypatch.setattr(accumulator, "costs", lambda *_: ORDERS[request.param])
+    monkeypatch.setattr(contract, "BUDGET", 1)
+    monkeypatch.setattr(contract, "_ROWS", 2)
+    return request.param
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("seen", [True, False], ids=["rank one is looked for", "rank one is not looked for"])
+def test_factors_contract_to_products_of_their_gradients(kind, name, seen, monkeypatch):
+    if not seen:
+        monkeypatch.setattr(contract, "rank_one", lambda _: None)
+    factor, j = FACTORS[name], written_out(FACTORS[name])
+    for n1 in (None, 2) if kind != "norms" else (None,):
+        n2 = {None: N, 2: 4}[n1]  # blocks compare the first set, example by example, with a second of the same size
+        first, second = (j, j) if n1 is None else (j[:2], j[2:n2] if kind == "blocks" else j[2:])
+        part = factor if n1 is None or kind != "blocks" else cut(factor, n2)
+        sums = ACCUMULATORS[kind](N if part is factor else n2, K, n1, j)
+        for _ in range(2):
+            sums.add(part)
+        assert_kernel(sums.result(), 2 * expected(kind, first, second))
+
+
+def cut(factor: Factor, n: int) -> Factor:
+    return Rows(factor.j[:n]) if isinstance(factor, Rows) else Outer(factor.u[:n], factor.g[:n], factor.bias)
+
+
+def test_gradients_of_rank_one_are_recognised_and_others_are_not():
+    split = contract.rank_one(FACTORS["rank one"].g[..., 0, :])
+    assert split is not None
+    assert_kernel(split[0][None, :, None] * split[1][:, None], FACTORS["rank one"].g[..., 0, :])
+    nearly = FACTORS["rank one"].g[..., 0, :].clone()
+    nearly[-1, 0, 0, 0] *= 1 + 1e-9  # in the last example, so that a look at the first does not tell
+    assert contract.rank_one(nearly) is None
+    assert contract.rank_one(FACTORS["positions"].g[..., 0, :]) is None
+
+
+SEVERAL = [
+    "linear on grids",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "reflect padding",
+    "groups",
+    "depthwise",
+    "global pooling",
+    "padding index",
+]
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("name", [*SEVERAL, "self attention", "residual net", "modular addition transformer"])
+def test_kernels_of_networks_do_not_depend_on_the_order(name):
+    t = truth(name)
+    for cross in (False, True):
+        for reduce in (None, "diagonal", "trace"):
+            found = empirical_ntk(t.model, t.x1, t.x2 if cross else None, reduce=reduce)
+            assert_kernel(found, reduce_by_definition(t.kernel(cross=cross), reduce))
+    kernel = t.kernel()
+    assert_kernel(ntk_diagonal(t.model, t.x1), torch.stack([kernel[i, i] for i in range(len(kernel))]))
