@@ -1,11 +1,14 @@
 """Directions in parameter space: as vectors, at random, and the derivative along them."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntklib.functional import Model, Params
 
@@ -21,10 +24,22 @@ def unflatten_params(vector: Tensor, like: Params) -> Params:
     return {k: v.reshape(*v.shape[:-1], *w.shape) for (k, w), v in zip(like.items(), pieces, strict=True)}
 
 
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention in plain operations, as its fused kernels know neither forward mode nor ``vmap``; no warnings about that."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)  # which forward mode calls on its first use
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def directional_derivative(f: Model, params: Params, x: Tensor, direction: Params) -> Float[Tensor, "n c"]:
     """J_i d for every example i: the derivative of the outputs along a direction in parameter space."""
-    with warnings.catch_warnings():  # on its first use torch's forward mode calls torch's own deprecated torch.jit.script
-        warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
+    with plain_attention():
         return jvp(lambda params: f(params, x), (params,), (direction,))[1]
 
 

@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from ntklib.directions import directional_derivative
+from ntklib.directions import directional_derivative, plain_attention
 from ntklib.functional import Model, Params, functional_model
 
 Pullback = Callable[[Tensor], tuple[Params]]
@@ -193,11 +193,13 @@ class JacobianProducts:
 
     def _pullback_of(self, part: Tensor) -> Pullback:
         """The map J^T of a chunk; kept for the next product when the chunk is all there is."""
-        if len(part) < len(self.x):
-            return vjp(lambda params: self.f(params, part), self.params)[1]
-        if self._pullback is None:
-            self._pullback = vjp(lambda params: self.f(params, part), self.params)[1]
-        return self._pullback
+        if self._pullback is not None:
+            return self._pullback
+        with plain_attention():
+            pullback = vjp(lambda params: self.f(params, part), self.params)[1]
+        if len(part) == len(self.x):
+            self._pullback = pullback
+        return pullback
 
 
 def restricted_model(model: nn.Module, output: str | None, params: Iterable[str] | None) -> tuple[Model, Params]:

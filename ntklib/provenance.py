@@ -24,6 +24,7 @@ NUMERIC = (
     "data",
     "directions.py",
     "estimators.py",
+    "filters.py",
     "functional.py",
     "infinite.py",
     "kernels",

@@ -14,16 +14,20 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("NTKLIB_OFFLINE", "1")  # no test downloads
 torch.set_num_threads(1)  # tiny nets: threads that wait for each other cost far more than they give
 
-# annotations like Float[Tensor, "n c"] are checked at every call, in tests only
+# annotations like Float[Tensor, "n c"] are checked at every call, in tests only; kernels.capture, run at every operation, has none
 NUMERIC = (
     "checks",
     "curvature",
     "data",
     "directions",
     "estimators",
+    "filters",
     "functional",
     "infinite",
-    "kernels",
+    *(
+        f"kernels.{part}"
+        for part in ("contract", "empirical", "evaluate", "jacobian", "loops", "operations", "plan", "streaming", "uses")
+    ),
     "linearized",
     "models",
     "operator",

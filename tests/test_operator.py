@@ -51,11 +51,20 @@ def attention() -> nn.Module:
         return Attention().double()
 
 
+def transformer() -> nn.Module:
+    """PyTorch's own layer, whose fused attention has no forward derivative."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        return nn.Sequential(layer, nn.Flatten(), nn.Linear(12, 3)).double().eval()
+
+
 MODELS = {
     "relu": (mlp, (5,)),
     "tanh": (lambda: mlp(activation="tanh"), (5,)),
     "resnet": (resnet, (2, 8, 8)),
     "attention": (attention, (3, 4)),
+    "transformer": (transformer, (3, 4)),
 }
 
 
