@@ -2,7 +2,7 @@
 
 import io
 import time
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 
 import pytest
 import torch
@@ -228,6 +228,24 @@ def test_short_work_shows_no_bar(progress):
     with redirect_stderr(text):
         empirical_ntk(t.model, t.x1, chunk_size=1, progress=progress)
     assert text.getvalue() == ""
+
+
+@several_cases
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 1}, {"method": "jacobian"}])
+def test_the_bar_ends_where_it_said_that_it_would(name, options, monkeypatch):
+    counted = []
+
+    @contextmanager
+    def counting(total: int, *, enabled: bool):
+        ticks = []
+        yield lambda: ticks.append(enabled)
+        counted.append((len(ticks), total))
+
+    monkeypatch.setattr(evaluate, "_bar", counting)
+    t = truth(name)
+    empirical_ntk(t.model, t.x1, t.x2, **options)
+    ((done, total),) = counted
+    assert done == total > 0
 
 
 @pytest.mark.parametrize("progress", [True, False])
