@@ -145,14 +145,11 @@ class Full(Accumulator):
 
     def single(self, u: Tensor, g: Tensor, ones: bool) -> None:
         a = u[self.first] @ u[self.second].T + float(ones)
-        a = a.repeat_interleave(self.k, 1)  # [n1, n2 k]
-        g1, g2 = g[self.first], g[self.second].flatten(0, 1)
-        step = max(1, _ROWS // self.k)
-        for i in range(0, self.n1, step):
-            start = i * self.k if self.symmetric else 0
-            block = (g1[i : i + step].flatten(0, 1) @ g2[start:].T).unflatten(0, (-1, self.k))
-            rows = self.total[i * self.k : (i + step) * self.k, start:].unflatten(0, (-1, self.k))
-            rows.addcmul_(block, a[i : i + step, None, start:])
+        k, g1, g2 = self.k, g[self.first].flatten(0, 1), g[self.second].flatten(0, 1)
+        for i, j in blocks(self.n1, self.n2, max(1, _ROWS // k), symmetric=self.symmetric):
+            rows, columns = slice(i.start * k, i.stop * k), slice(j.start * k, j.stop * k)
+            block = (g1[rows] @ g2[columns].T).unflatten(0, (-1, k))
+            self.total[rows, columns].unflatten(0, (-1, k)).addcmul_(block, a[i, j].repeat_interleave(k, 1)[:, None])
 
     def channels(self, w: Tensor, s: Tensor) -> None:
         h = (s[:, self.first] @ s[:, self.second].mT).flatten(1)  # [o, n1 n2]
@@ -375,6 +372,28 @@ def _split(g: Tensor) -> tuple[Tensor, Tensor] | None:
         if not bool((error <= tolerance * square.sqrt()).all()):
             return None
     return w, m
+
+
+def blocks(rows: int, columns: int, step: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+    """Blocks of a matrix, near square and at most 8 steps long; of a symmetric one those on and above its diagonal.
+
+    Halves of halves: large products run at full speed, and only blocks of one step on the diagonal are formed in full.
+    """
+    if not symmetric:
+        for i in range(0, rows, 8 * step):
+            for j in range(0, columns, 8 * step):
+                yield slice(i, min(rows, i + 8 * step)), slice(j, min(columns, j + 8 * step))
+        return
+    todo = [(0, rows)]
+    while todo:
+        start, stop = todo.pop()
+        if stop - start <= step:
+            yield slice(start, stop), slice(start, stop)
+            continue
+        middle = start + step * -(-(stop - start) // (2 * step))
+        for i, j in blocks(middle - start, stop - middle, step, symmetric=False):
+            yield slice(start + i.start, start + i.stop), slice(middle + j.start, middle + j.stop)
+        todo += [(start, middle), (middle, stop)]
 
 
 def _mirror(matrix: Tensor, step: int = 256) -> None:
