@@ -93,7 +93,8 @@ def prepared(method: str, network: str, kind: str, path: str, n: int, dtype: str
     axes = {"trace_axes": (), "diagonal_axes": ()} if kind == "kernel" else {"trace_axes": (-1,), "diagonal_axes": (0,)}
     f = lambda p, x: NETWORKS[network](p, buffers, x)  # noqa: E731
     kernel_fn = nt.empirical_ntk_fn(f, vmap_axes=0, implementation=METHODS[method], **axes)
-    reduce = (lambda k: k) if kind == "kernel" else jnp.sum
+    c = jax.eval_shape(f, params, x[:1]).shape[1]
+    reduce = (lambda k: k) if kind == "kernel" else (lambda k: c * jnp.sum(k))  # its traces are means over outputs
     compiled = jax.jit(lambda p, x: reduce(kernel_fn(x, None, p))).lower(params, x).compile()
     return lambda: compiled(params, x).block_until_ready()
 

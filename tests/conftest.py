@@ -26,7 +26,7 @@ NUMERIC = (
     "infinite",
     *(
         f"kernels.{part}"
-        for part in ("contract", "empirical", "evaluate", "jacobian", "loops", "operations", "plan", "streaming", "uses")
+        for part in ("blocks", "contract", "empirical", "evaluate", "jacobian", "loops", "operations", "plan", "streaming", "uses")
     ),
     "linearized",
     "models",

@@ -115,7 +115,7 @@ SEEN_BY_TESTS: dict[str, tuple[str, Mutant]] = {
     "a factor 2 in the trace": ("conv2d", changed(contract.Trace, "rows", twice)),
     "a factor 2 in the diagonal": ("conv2d", changed(contract.Diagonal, "rows", twice)),
     "a factor 2 in the norms": ("embedding bag", changed(contract.Norms, "rows", twice)),
-    "no mirror image": ("linear", in_small_pieces(changed(contract, "_mirror", lambda _: lambda *_: None))),
+    "no mirror image": ("linear", in_small_pieces(changed(contract, "mirror", lambda _: lambda *_: None))),
     "a transposed block": ("linear on grids", changed(evaluate, "_place", place_untransposed)),
     "every layer is the first": (
         "linear without bias",

@@ -8,7 +8,7 @@ from engine_case import assert_kernel
 from engine_cases import truth
 from reference import reduce_by_definition
 
-from ntklib.kernels import contract, empirical_ntk, ntk_diagonal
+from ntklib.kernels import blocks, contract, empirical_ntk, ntk_diagonal
 from ntklib.kernels.contract import ACCUMULATORS
 from ntklib.kernels.operations import Factor, Outer, Rows
 from ntklib.random import stream
@@ -41,6 +41,14 @@ FACTORS: dict[str, Factor] = {
     ),
 }
 
+for some, positions in (("one position", [1]), ("some positions", [0, 2]), ("no position", [])):
+    kept = torch.zeros(3).double().index_fill_(0, torch.tensor(positions, dtype=torch.int64), 1.0)[:, None, None]
+    FACTORS[f"{some} used"] = Outer(normal(N, 3, 1, 4), normal(N, K, 3, 1, 2, seed=1) * kept, bias=True)
+    FACTORS[f"{some} used, with groups"] = Outer(normal(N, 3, 2, 4), normal(N, K, 3, 2, 2, seed=1) * kept, bias=True)
+unused_once = normal(N, K, 3, 1, 2, seed=1)
+unused_once[0, :, 1] = 0
+FACTORS["a position unused by the first example"] = Outer(normal(N, 3, 1, 4), unused_once)
+
 
 def written_out(factor: Factor) -> torch.Tensor:
     """The gradients ``[n, k, p]`` by loops over what the factor's definition sums."""
@@ -71,7 +79,7 @@ def order(request, monkeypatch):
     """Contract in this order, in pieces as small as they get."""
     for accumulator in ACCUMULATORS.values() if ORDERS[request.param] else ():
         monkeypatch.setattr(accumulator, "costs", lambda *_: ORDERS[request.param])
-    monkeypatch.setattr(contract, "BUDGET", 1)
+    monkeypatch.setattr(blocks, "BUDGET", 1)
     monkeypatch.setattr(contract, "_ROWS", 2)
     return request.param
 

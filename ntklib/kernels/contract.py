@@ -10,29 +10,21 @@ With J[n,k,:,:] = sum_t G[n,k,t,:] U[n,t,:]^T (o x d numbers) the product of two
 Multiply-adds are counted before choosing. Sums over pairs of examples are formed above the diagonal only, then mirrored.
 """
 
-import math
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
 
+from ntklib.kernels.blocks import (
+    Scratch,
+    block_slices,
+    channel_blocks,
+    mirror,
+    rank_one,
+    used_positions,
+    write_out,
+    write_out_groups,
+)
 from ntklib.kernels.operations import Factor, Outer, Rows
 
-BUDGET = 32 * 2**20  # bytes of written-out gradients held at a time
 _ROWS = 160  # rows of a kernel formed at a time: enough for a full-speed product, few enough for triangles
-
-
-class Scratch:
-    """Memory that blocks are written to one after the other: to enter new memory takes longer than to compute what it is for."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.memory = like.new_empty(0)
-
-    def __call__(self, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        if self.memory.numel() < size:
-            self.memory = self.memory.new_empty(size)
-        return self.memory[:size].view(shape)
 
 
 class Accumulator:
@@ -70,12 +62,15 @@ class Accumulator:
             return
         if factor.g.dtype != self.total.dtype:
             factor = Outer(factor.u.to(self.total.dtype), factor.g.to(self.total.dtype), factor.bias)
+        used = used_positions(factor.g) if factor.u.shape[1] > 1 else None
+        if used is not None:
+            factor = Outer(factor.u[:, used], factor.g[:, :, used], factor.bias)
         t = factor.u.shape[1]
         if factor.bias and (t > 1 or factor.u.shape[2] > 1):
             self.rows(factor.g.sum(2).flatten(2))
         groups = factor.u.shape[2]
         if groups > 1 and self._explicit(factor.u[:, :, 0], factor.g[..., 0, :]):
-            for j in _write_out_groups(factor.u, factor.g):
+            for j in write_out_groups(factor.u, factor.g):
                 self.rows(j)
             return
         for i in range(groups):
@@ -89,7 +84,7 @@ class Accumulator:
         """A factor with several positions, ``u [n, t, d]`` and ``g [n, k, t, o]``."""
         split = rank_one(g)
         if split is not None:
-            for w, s in _channel_blocks(*split, u, self.scratch):
+            for w, s in channel_blocks(*split, u, self.scratch):
                 self.channels(w, s)
             return
         if self._explicit(u, g):
@@ -146,7 +141,7 @@ class Full(Accumulator):
     def single(self, u: Tensor, g: Tensor, ones: bool) -> None:
         a = u[self.first] @ u[self.second].T + float(ones)
         k, g1, g2 = self.k, g[self.first].flatten(0, 1), g[self.second].flatten(0, 1)
-        for i, j in blocks(self.n1, self.n2, max(1, _ROWS // k), symmetric=self.symmetric):
+        for i, j in block_slices(self.n1, self.n2, max(1, _ROWS // k), symmetric=self.symmetric):
             rows, columns = slice(i.start * k, i.stop * k), slice(j.start * k, j.stop * k)
             block = (g1[rows] @ g2[columns].T).unflatten(0, (-1, k))
             self.total[rows, columns].unflatten(0, (-1, k)).addcmul_(block, a[i, j].repeat_interleave(k, 1)[:, None])
@@ -170,7 +165,7 @@ class Full(Accumulator):
 
     def result(self) -> Tensor:
         if self.symmetric:
-            _mirror(self.total)
+            mirror(self.total)
         return self.total.view(self.n1, self.k, self.n2, self.k)
 
 
@@ -218,7 +213,7 @@ class Trace(Accumulator):
 
     def result(self) -> Tensor:
         if self.symmetric:
-            _mirror(self.total)
+            mirror(self.total)
         return self.total
 
 
@@ -252,7 +247,7 @@ class Diagonal(Trace):
     def result(self) -> Tensor:
         if self.symmetric:
             for total in self.total:
-                _mirror(total)
+                mirror(total)
         return self.total.permute(1, 2, 0)
 
 
@@ -310,98 +305,6 @@ class Norms(Accumulator):
         c = u @ u.mT
         for i in range(len(u)):
             self.total[i] += ((c[i] @ g[i]) * g[i]).sum((1, 2))
-
-
-def write_out(u: Tensor, g: Tensor, scratch: Scratch) -> Iterator[Tensor]:
-    """Gradients in blocks of inputs and output channels, ``[n, k, block]``, from ``u [n, t, d]`` and ``g [n, k, t, o]``.
-
-    Every block is written over the one before it.
-    """
-    (n, _, d), k, o = u.shape, g.shape[1], g.shape[3]
-    room = BUDGET // (n * k * u.element_size())  # numbers of one example and output
-    channels = min(o, max(64, math.isqrt(room)))
-    inputs = max(1, min(d, room // channels))
-    for i in range(0, o, channels):
-        for first in range(0, d, inputs):
-            part, seen = g[..., i : i + channels], u[..., first : first + inputs].mT
-            j = scratch(n, k, seen.shape[1], part.shape[3])
-            for a in range(k):
-                torch.bmm(seen, part[:, a], out=j[:, a])
-            yield j.flatten(2)
-
-
-def _channel_blocks(w: Tensor, m: Tensor, u: Tensor, scratch: Scratch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of channels (w[k,o], s[o,n,:] = sum_t m[n,t,o] u[n,t,:]) of a rank-one factor, each over the one before it."""
-    (n, _, d), o = u.shape, w.shape[1]
-    step = max(16, BUDGET // (n * d * u.element_size()))
-    for i in range(0, o, step):
-        part = m[..., i : i + step]
-        s = scratch(n, part.shape[2], d)
-        yield w[:, i : i + step], torch.bmm(part.mT, u, out=s).transpose(0, 1)
-
-
-def _write_out_groups(u: Tensor, g: Tensor) -> Iterator[Tensor]:
-    """As ``write_out`` for blocks of groups, from ``u [n, t, groups, d]`` and ``g [n, k, t, groups, o]``."""
-    (n, _, groups, d), k, o = u.shape, g.shape[1], g.shape[4]
-    step = max(1, BUDGET // (n * k * d * o * u.element_size()))
-    for i in range(0, groups, step):
-        yield torch.einsum("nktgo,ntgd->nkgod", g[..., i : i + step, :], u[:, :, i : i + step]).flatten(2)
-
-
-def rank_one(g: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Split G[n,k,t,o] = W[k,o] M[n,t,o] to rounding: ``w [k, o]`` and ``m [n, t, o]``, or None if it does not."""
-    if g.shape[1] < 3 or _split(g[:1]) is None:
-        return None
-    return _split(g)
-
-
-def _split(g: Tensor) -> tuple[Tensor, Tensor] | None:
-    n, k, t, o = g.shape
-    size = torch.zeros_like(g[:, 0])
-    for a in range(k):
-        size.addcmul_(g[:, a], g[:, a])
-    where = size.reshape(n * t, o).argmax(0)  # for every channel, the place where its gradient is largest
-    w = torch.stack([g[:, a].reshape(n * t, o).gather(0, where[None])[0] for a in range(k)])
-    square = w.square().sum(0)
-    m = torch.zeros_like(size)
-    for a in range(k):
-        m.addcmul_(g[:, a], (w[a] / torch.where(square > 0, square, 1.0)))
-    tolerance = 32 * torch.finfo(g.dtype).eps
-    for a in range(k):
-        error = torch.addcmul(g[:, a], m, w[a], value=-1).abs_().amax((0, 1))
-        if not bool((error <= tolerance * square.sqrt()).all()):
-            return None
-    return w, m
-
-
-def blocks(rows: int, columns: int, step: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
-    """Blocks of a matrix, near square and at most 8 steps long; of a symmetric one those on and above its diagonal.
-
-    Halves of halves: large products run at full speed, and only blocks of one step on the diagonal are formed in full.
-    """
-    if not symmetric:
-        for i in range(0, rows, 8 * step):
-            for j in range(0, columns, 8 * step):
-                yield slice(i, min(rows, i + 8 * step)), slice(j, min(columns, j + 8 * step))
-        return
-    todo = [(0, rows)]
-    while todo:
-        start, stop = todo.pop()
-        if stop - start <= step:
-            yield slice(start, stop), slice(start, stop)
-            continue
-        middle = start + step * -(-(stop - start) // (2 * step))
-        for i, j in blocks(middle - start, stop - middle, step, symmetric=False):
-            yield slice(start + i.start, start + i.stop), slice(middle + j.start, middle + j.stop)
-        todo += [(start, middle), (middle, stop)]
-
-
-def _mirror(matrix: Tensor, step: int = 256) -> None:
-    """Copy what stands above the diagonal below it."""
-    for i in range(0, len(matrix), step):
-        block = matrix[i : i + step, i : i + step]
-        block.copy_(block.triu() + block.triu(1).T)
-        matrix[i + step :, i : i + step] = matrix[i : i + step, i + step :].T
 
 
 ACCUMULATORS: dict[str | None, type[Accumulator]] = {

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ntklib.checks import check_inputs, check_model, check_pair
 from ntklib.functional import Model, Params, functional_model, unwrap
-from ntklib.kernels.contract import ACCUMULATORS, Accumulator, Norms, Scratch
+from ntklib.kernels.blocks import Scratch
+from ntklib.kernels.contract import ACCUMULATORS, Accumulator, Norms
 from ntklib.kernels.operations import Emission
 from ntklib.kernels.plan import Plan, Tile, directions, make_plan, tiles
 from ntklib.kernels.streaming import Program, general_program, settings, structured_program

@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ntklib.kernels.contract import BUDGET
+from ntklib.kernels.blocks import BUDGET
 from ntklib.kernels.streaming import Program
 
 SHARE = 0.5  # of free memory, that a kernel may take unless max_memory is given
