@@ -86,8 +86,8 @@ def estimate(job: Job) -> Job:
 
 
 def versions() -> Job:
-    """Versions of the packages that are installed."""
-    found = {}
+    """Versions of the packages that are installed, and the instruction set that PyTorch uses."""
+    found = {"instruction set": torch.backends.cpu.get_cpu_capability()}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -39,11 +39,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _number(value: float | None, form: str = ".3g", unit: str = "") -> str:
-    return "–" if value is None else format(value, form) + unit
+    return "–" if value is None else format(value, form).replace("e-", "e\u2011") + unit  # a hyphen that does not break
 
 
 def _targets(targets: Sequence[Row]) -> str:
-    verdict = {True: "met", False: "**not met**", None: "not measured"}
+    verdict = {True: "met", False: "**not&nbsp;met**", None: "not measured"}
     rows = [
         [t["text"], t["required"].replace(">=", "≥").replace("<=", "≤"), _number(t["found"]), verdict[t["met"]]] for t in targets
     ]
@@ -60,7 +60,7 @@ def _workload(w: Row) -> str:
     rows = [
         [
             r["label"] + (f"<br>*{r['status']}*" if r["status"] else ""),
-            str(r["n"]), _number(r[clock]), _number(r["ratio"], ".2f"),
+            str(r["n"]), _number(r[clock]), _number(r["ratio"]),
             _number(r["peak_mib"], ".0f"), _number(r["error_float32"], ".1e"), _number(r["error_float64"], ".1e"),
             _number(r["floor_fraction"], ".0%"),
         ]
@@ -80,7 +80,7 @@ def _origin(w: Row) -> str:
     )
 
 
-PACKAGES = ("torch", "nngeometry", "backpack-for-pytorch", "curvlinops-for-pytorch", "neural-tangents", "jax")
+PACKAGES = ("torch", "instruction set", "nngeometry", "backpack-for-pytorch", "curvlinops-for-pytorch", "neural-tangents", "jax")
 
 
 def _probes(probes: Row | None) -> str:
