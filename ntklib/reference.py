@@ -44,8 +44,8 @@ def load_reference(name: str) -> Reference:
         FileNotFoundError: If there is none of this name, or a file is damaged.
     """
     about = storage.read_json(folder() / f"{name}.json")
-    if about is None:
-        raise FileNotFoundError(text.unknown("reference result", name, [p.stem for p in folder().glob("*.json")]))
+    if about is None or "history_sha256" not in about:  # other measurements are kept there too
+        raise FileNotFoundError(text.unknown("reference result", name, [p.stem for p in folder().glob("*.parquet")]))
     content = storage.read_checked(folder() / f"{name}.parquet", about["history_sha256"])
     if content is None:
         msg = f"{name}.parquet in {folder()} is missing or damaged. Restore it from the repository."

@@ -57,8 +57,14 @@ def test_a_chapter_that_was_not_executed_gives_no_reference(tmp_path, monkeypatc
         reference.save_reference("x", "trace_evolution", "paper", "the command")
 
 
+def test_a_measurement_of_another_kind_is_no_reference():
+    assert (reference.folder() / "benchmarks.json").exists()
+    with pytest.raises(FileNotFoundError, match="'benchmarks'.*trace_evolution_width8"):
+        load_reference("benchmarks")
+
+
 def test_every_committed_reference_is_whole_and_says_which_chapter_it_belongs_to():
-    names = sorted(p.stem for p in reference.folder().glob("*.json"))
+    names = sorted(p.stem for p in reference.folder().glob("*.parquet"))
     assert names
     for name in names:
         loaded = load_reference(name)
