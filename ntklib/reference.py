@@ -37,15 +37,21 @@ def folder() -> Path:
     return project_root() / "book" / "reference"
 
 
+def names() -> list[str]:
+    """Names of the committed results; other measurements are kept in the same folder."""
+    found = {path.stem: storage.read_json(path) for path in sorted(folder().glob("*.json"))}
+    return [name for name, about in found.items() if about is not None and "history_sha256" in about]
+
+
 def load_reference(name: str) -> Reference:
     """Load a committed result.
 
     Raises:
         FileNotFoundError: If there is none of this name, or a file is damaged.
     """
-    about = storage.read_json(folder() / f"{name}.json")
-    if about is None or "history_sha256" not in about:  # other measurements are kept there too
-        raise FileNotFoundError(text.unknown("reference result", name, [p.stem for p in folder().glob("*.parquet")]))
+    about = storage.read_json(folder() / f"{name}.json") if name in names() else None
+    if about is None:
+        raise FileNotFoundError(text.unknown("reference result", name, names()))
     content = storage.read_checked(folder() / f"{name}.parquet", about["history_sha256"])
     if content is None:
         msg = f"{name}.parquet in {folder()} is missing or damaged. Restore it from the repository."
