@@ -1,129 +1,224 @@
-"""Margins of homogeneous networks and the hard-margin support vector machine whose kernel is the NTK."""
+"""Margins of homogeneous networks and the support vector machine whose kernel is the NTK."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from ntklib.functional import functional_model
 from ntklib.kernels.jacobian import jacobian
-
-SEPARABLE = 1e-12  # the problem counts as separable while 1/(1 + 2 D* Tr K/n) is above
+from ntklib.svm import svm_dual
 
 
 @dataclass(frozen=True)
-class SVMSolution:
-    r"""Optimum of the dual of a hard-margin support vector machine without bias term.
+class Homogeneity:
+    """How far a network is homogeneous in its parameters, see ``homogeneity``.
 
     Attributes:
-        alpha: Dual variables, ``[n]``, float64. If the labels are not separable: a proof of it, alpha >= 0 with sum 1 for which
-            the combination sum_i alpha_i y_i phi_i of the features is zero.
-        optimum: Optimal value D* = 1/2 ||u||^2 of dual and primal, as certified by ``gap``; infinite if not separable.
-        gap: Primal objective at u, rescaled to be feasible, minus dual objective at alpha, over D*: never negative but for rounding.
-        kkt_residual: Largest violation of the conditions of optimality, in units of the functional margin 1: a margin below 1, or
-            one that differs from 1 at an example with alpha > 0.
+        degree: The degree L that fits best.
+        residual: Norm of what the fit leaves, over the norm of <w, grad f>; 0 for a homogeneous network.
     """
 
-    alpha: Float[Tensor, " n"]
-    optimum: float
-    gap: float
-    kkt_residual: float
-
-    @property
-    def separable(self) -> bool:
-        """Whether a vector u with y_i <u, phi_i> > 0 for all i exists."""
-        return math.isfinite(self.optimum)
-
-    @property
-    def margin(self) -> float:
-        r"""Largest :math:`\min_i y_i \langle u, \phi_i \rangle` over unit vectors u, 1/sqrt(2 D*); 0 if not separable."""
-        return 1 / math.sqrt(2 * self.optimum)
-
-    @property
-    def num_support(self) -> int:
-        """Examples with alpha > 0."""
-        return int((self.alpha > 0).sum())
+    degree: float
+    residual: float
 
 
-def svm_dual(kernel: Float[Tensor, "n n"], y: Float[Tensor, " n"]) -> SVMSolution:
-    r"""Solve the hard-margin support vector machine without bias term for a kernel and labels.
+def tangent_features(model: nn.Module, x: Tensor) -> tuple[Float[Tensor, "n p"], Float[Tensor, " p"]]:
+    r"""Return the features :math:`\phi_i = \nabla_w f(x_i; w)` of the NTK of a network with one output, and w itself.
 
-    .. math::
-        D^* = \max_{\alpha \ge 0} \sum_i \alpha_i - \tfrac12 \sum_{ij} \alpha_i \alpha_j y_i y_j K_{ij}
-        = \min_u \tfrac12 \lVert u \rVert^2 \;\text{ subject to }\; y_i \langle u, \phi_i \rangle \ge 1, \qquad
-        u = \sum_i \alpha_i y_i \phi_i
-
-    (the main paper's Eqs. 2 and 3, with K_ij = <phi_i, phi_j>). The primal is a least-distance problem, which one non-negative
-    least-squares problem solves exactly, for kernels of any rank (Lawson & Hanson, "Solving Least Squares Problems", chapter 23):
-    with Q = diag(y) K diag(y) = R^T R, minimise ||R z||^2 + (1 - sum z)^2 over z >= 0; then alpha = z / (1 - sum z), and
-    1 - sum z = 0 exactly when the labels are not separable. SciPy's active-set ``nnls`` does it in float64, on K over its mean
-    diagonal.
+    Both in float64 on the CPU, parameters in the order of the module: K = phi phi^T, without normalisation.
 
     Args:
-        kernel: Symmetric positive semidefinite, ``[n, n]``.
-        y: Labels +1 and -1.
+        model: Network in eval mode, ``[n, *input] -> [n, 1]``.
+        x: Inputs, ``[n, *input]``.
 
     Raises:
-        ValueError: If the kernel is not square, finite, symmetric, positive semidefinite and non-zero, or a label is not +1 or -1.
+        ValueError: If the network has more than one output, or as in ``functional_model``.
     """
-    signs = y.detach().cpu().double()
-    scale, factor, gram = _factorize(kernel, signs)
-    n = len(signs)
-    system = np.vstack([factor, np.ones(n)])
-    z = nnls(system, np.eye(len(system))[-1], maxiter=100 * n)[0]
-    slack = 1 - z.sum()
-    if slack <= SEPARABLE:
-        certificate = torch.as_tensor(z / z.sum())
-        return SVMSolution(certificate, math.inf, math.nan, float((gram @ certificate).abs().max()))
-    alpha = torch.as_tensor(_polish(factor, z / slack))
-    margins = gram @ alpha
-    support = alpha > 0
-    kkt = max(float(1 - margins.min()), float((margins - 1)[support].abs().max()), 0.0)
-    square = float(alpha @ margins)
-    dual = float(alpha.sum()) - square / 2
-    primal = square / 2 / float(margins.min()) ** 2
-    return SVMSolution(alpha / scale, dual / scale, (primal - dual) / dual, kkt)
+    f, params = functional_model(model)
+    gradients = jacobian(f, params, x)
+    c = next(iter(gradients.values())).shape[1]
+    if c != 1:
+        msg = f"The network must have one output, whose sign is the class. Got {c} outputs."
+        raise ValueError(msg)
+    features = torch.cat([gradients[name][:, 0] for name in params], 1)
+    return features.cpu().double(), torch.cat([w.flatten() for w in params.values()]).cpu().double()
 
 
-def _factorize(kernel: Tensor, y: Tensor) -> tuple[float, np.ndarray, Tensor]:
-    """Mean diagonal s, a factor R with R^T R = Q/s, ``[rank, n]``, and Q/s itself."""
-    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or len(kernel) != len(y):
-        msg = f"The kernel must be [n, n] with one label per example. Got {tuple(kernel.shape)} and {len(y)} labels."
-        raise ValueError(msg)
-    if not bool((y.abs() == 1).all()):
-        msg = f"Labels must be +1 or -1. Got {y[y.abs() != 1][0].item():g}."
-        raise ValueError(msg)
-    k = kernel.detach().cpu().double()
-    scale = float(k.diagonal().mean())
-    if not bool(torch.isfinite(k).all()) or scale <= 0:
-        msg = f"The kernel must be finite with a positive trace. Got a mean diagonal of {scale:g}."
-        raise ValueError(msg)
-    tolerance = 10 * len(k) * torch.finfo(kernel.dtype).eps * float(k.abs().max())
-    if float((k - k.T).abs().max()) > tolerance:
-        msg = f"The kernel must be symmetric. Got a difference of {float((k - k.T).abs().max()):.1e} from its transpose."
-        raise ValueError(msg)
-    gram = (k + k.T) / (2 * scale) * y * y[:, None]
-    eigvals, eigvecs = torch.linalg.eigh(gram)
-    if float(eigvals[0]) * scale < -tolerance:
-        msg = f"The kernel must be positive semidefinite. Got an eigenvalue of {float(eigvals[0]) * scale:.3g}."
-        raise ValueError(msg)
-    kept = eigvals > len(k) * torch.finfo(torch.float64).eps * eigvals[-1]
-    return scale, (eigvals[kept].sqrt() * eigvecs[:, kept]).T.numpy(), gram
+@torch.no_grad()
+def homogeneity(model: nn.Module, x: Tensor) -> Homogeneity:
+    r"""Test Euler's identity for homogeneous functions, :math:`\langle w, \nabla_w f(x_i; w) \rangle = L f(x_i; w)` for all i.
+
+    It holds with L the number of weight layers for a multilayer perceptron without biases whose activation is ReLU or the identity
+    (Lyu & Li 2019, arXiv:1906.05890); biases, batch normalisation and other activations break it. L is fitted by least squares.
+
+    Args:
+        model: Network with one output, in eval mode.
+        x: Inputs, ``[n, *input]``.
+
+    Raises:
+        ValueError: As in ``tangent_features``.
+    """
+    features, w = tangent_features(model, x)
+    euler, f = features @ w, model(x)[:, 0].cpu().double()
+    degree = float(euler @ f / (f @ f))
+    return Homogeneity(degree, float((euler - degree * f).norm() / euler.norm()))
 
 
-def _polish(factor: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Solve for margins of exactly 1 on the support that was found, if that keeps alpha positive."""
-    support = alpha > 0
-    part = factor[:, support]
-    # minimum-norm u with part^T u = 1, then alpha with part alpha = u
-    u = np.linalg.lstsq(part.T, np.ones(support.sum()), rcond=None)[0]
-    solved = np.linalg.lstsq(part, u, rcond=None)[0]
-    if solved.min() <= 0 or np.abs(part.T @ (part @ solved) - 1).max() > np.abs(part.T @ (factor @ alpha) - 1).max():
-        return alpha
-    refined = np.zeros_like(alpha)
-    refined[support] = solved
-    return refined
+def block_means(kernel: Float[Tensor, "n n"], y: Float[Tensor, " n"]) -> tuple[float, float]:
+    """Return the mean kernel of two different examples of the same class, and of different classes, both over the mean diagonal.
+
+    (1, 0) under the main paper's simplification, a kernel that is constant within classes and zero between them.
+
+    Args:
+        kernel: Symmetric, ``[n, n]``.
+        y: Labels +1 and -1, each at least once, one of them at least twice.
+
+    Raises:
+        ValueError: If there is no pair of one of the two kinds.
+    """
+    same = y[:, None] == y
+    others = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+    if bool(same.all()) or not bool(others.any()):
+        msg = f"Both labels must occur, one of them twice. Got {int((y > 0).sum())} of +1 and {int((y < 0).sum())} of -1."
+        raise ValueError(msg)
+    diagonal = kernel.diagonal().mean()
+    return float(kernel[others].mean() / diagonal), float(kernel[~same].mean() / diagonal)
+
+
+@dataclass(frozen=True)
+class TangentMargin:
+    r"""A binary classifier as a vector in the feature space of its own NTK, see ``tangent_margin``.
+
+    Attributes:
+        norm: ||w||, all trainable parameters.
+        trace: Tr K/n.
+        scale_free_trace: T = Tr K / (n ||w||^(2(L-1))), unchanged when w is multiplied by a number.
+        normalized_margin: min_i y_i f(x_i) / ||w||^L (Lyu & Li 2019); negative if an example is on the wrong side.
+        optimum: D*, see ``SVMSolution``.
+        optimum_ratio: D* Tr K/n; 1 if D* = n/Tr K, and 1/2 or more for every kernel.
+        mean_bound: A lower bound on ``optimum_ratio``, n Tr K/(2 y^T K y), from equal dual variables; 1 for a block kernel.
+        svm_margin: 1/sqrt(2 D*), the largest margin in feature space.
+        radius_margin: The same over the feature radius sqrt(Tr K/n): (2 optimum_ratio)^(-1/2), at most 1.
+        attained: The share L min_i y_i f(x_i) / (||w|| svm_margin) of the largest margin that w itself attains in feature space; 1
+            exactly if w is along the solution.
+        cosine: cos of the angle between w and the solution u = sum_i alpha_i y_i phi_i; not below ``attained`` (if homogeneous).
+        within: Mean kernel within classes, see ``block_means``.
+        across: Mean kernel across classes, see ``block_means``.
+        num_support: Examples with alpha > 0.
+        kkt_residual: See ``SVMSolution``.
+    """
+
+    norm: float
+    trace: float
+    scale_free_trace: float
+    normalized_margin: float
+    optimum: float
+    optimum_ratio: float
+    mean_bound: float
+    svm_margin: float
+    radius_margin: float
+    attained: float
+    cosine: float
+    within: float
+    across: float
+    num_support: int
+    kkt_residual: float
+
+
+@torch.no_grad()
+def tangent_margin(model: nn.Module, x: Tensor, y: Float[Tensor, " n"], *, degree: int) -> TangentMargin:
+    r"""Compare a network's parameters with the support vector machine in the feature space of its NTK at these parameters.
+
+    By homogeneity :math:`\langle w, \phi_i \rangle = L f(x_i)`, so w is a linear classifier of its own tangent features with margin
+    :math:`L \min_i y_i f(x_i) / \lVert w \rVert`. The main paper's Theorem 4.2 (Lyu & Li 2019, arXiv:1906.05890) says that at the
+    limit of training this is the largest possible one. For any w with positive margin the definitions give the identity
+
+    .. math:: L^2 \bar\gamma^2 = \frac{\rho^2\, T}{2\, D^* \operatorname{Tr} K / n}
+
+    between the normalized margin, the attained share rho, the scale-free trace T and the ratio D* Tr K/n.
+
+    Args:
+        model: Network with one output, in eval mode, ``[n, *input] -> [n, 1]``; use float64.
+        x: Inputs, ``[n, *input]``.
+        y: Labels +1 and -1.
+        degree: Degree of homogeneity L, the number of weight layers.
+
+    Raises:
+        ValueError: As in ``tangent_features``, ``svm_dual`` and ``block_means``.
+    """
+    features, w = tangent_features(model, x)
+    signs, n = y.cpu().double(), len(x)
+    kernel = features @ features.T
+    solution = svm_dual(kernel, signs)
+    smallest = float((signs * model(x)[:, 0].cpu().double()).min())
+    norm, trace = float(w.norm()), float(kernel.trace()) / n
+    ratio = solution.optimum * trace
+    u = features.T @ (solution.alpha * signs)
+    within, across = block_means(kernel, signs)
+    found = solution.separable
+    return TangentMargin(
+        norm=norm, trace=trace, scale_free_trace=trace / norm ** (2 * (degree - 1)),
+        normalized_margin=smallest / norm**degree, optimum=solution.optimum, optimum_ratio=ratio,
+        mean_bound=n**2 * trace / (2 * float(signs @ kernel @ signs)),
+        svm_margin=solution.margin, radius_margin=(2 * ratio) ** -0.5,
+        attained=degree * smallest / (norm * solution.margin) if found else math.nan,
+        cosine=float(u @ w / (u.norm() * norm)) if found else math.nan,
+        within=within, across=across, num_support=solution.num_support, kkt_residual=solution.kkt_residual,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MarginGrowth:
+    r"""Where the growth of the trace and of the normalized margin between two states comes from, as differences of logarithms.
+
+    Attributes:
+        trace: log of the ratio of Tr K; ``scale_free_trace + norm``.
+        norm: Its part from the parameters' norm, 2 (L - 1) log of the ratio of ||w||.
+        scale_free_trace: Its remaining part, log of the ratio of T.
+        margin: log of the ratio of normalized margins; ``attained + trace_part + geometry``.
+        attained: Its part from w coming closer to the solution of the support vector machine, log of the ratio of rho.
+        trace_part: Its part from the scale-free trace, half of ``scale_free_trace``.
+        geometry: Its part from the shape of the kernel, minus half the log of the ratio of D* Tr K/n.
+    """
+
+    trace: float
+    norm: float
+    scale_free_trace: float
+    margin: float
+    attained: float
+    trace_part: float
+    geometry: float
+
+
+def margin_growth(start: Mapping[str, float], end: Mapping[str, float], *, degree: int) -> MarginGrowth:
+    r"""Split the growth of trace and normalized margin between two states of a homogeneous network.
+
+    .. math::
+        \Delta \log \operatorname{Tr} K = \Delta \log T + 2 (L - 1)\, \Delta \log \lVert w \rVert , \qquad
+        \Delta \log \bar\gamma = \Delta \log \rho + \tfrac12 \Delta \log T
+        - \tfrac12 \Delta \log (D^* \operatorname{Tr} K / n)
+
+    the second from the identity in ``tangent_margin``. Both are exact.
+
+    Args:
+        start: Fields of ``TangentMargin`` by name at the first state.
+        end: The same at the second.
+        degree: Degree of homogeneity L.
+
+    Raises:
+        ValueError: If a normalized margin is not positive: its logarithm has no growth.
+    """
+    if min(start["normalized_margin"], end["normalized_margin"]) <= 0:
+        got = f"{start['normalized_margin']:.3g} and {end['normalized_margin']:.3g}"
+        msg = f"Both normalized margins must be positive, all examples on their right side. Got {got}."
+        raise ValueError(msg)
+    growth = {name: math.log(end[name] / start[name]) for name in (
+        "trace", "norm", "scale_free_trace", "normalized_margin", "attained", "optimum_ratio")}  # fmt: skip
+    return MarginGrowth(
+        growth["trace"], 2 * (degree - 1) * growth["norm"], growth["scale_free_trace"], growth["normalized_margin"],
+        growth["attained"], growth["scale_free_trace"] / 2, -growth["optimum_ratio"] / 2,
+    )  # fmt: skip

@@ -32,7 +32,7 @@ def log_logistic_loss(outputs: Float[Tensor, "n 1"], y: Float[Tensor, " n"]) -> 
         raise ValueError(msg)
     q = y * outputs[:, 0]
     # clamped, so that the branch not taken is finite in the backward pass too
-    losses = torch.where(q > TAIL, -q, F.softplus(-q.clamp(max=TAIL)).log())
+    losses = torch.where(q >= TAIL, -q, F.softplus(-q.clamp(max=TAIL)).log())
     return losses.logsumexp(0) - math.log(len(y))
 
 
@@ -84,7 +84,7 @@ def normalized_descent(
         measured = measure_at is None or step in measure_at or step == steps or not finite
         if measured and (resume is None or step > resume[0]):
             loss = math.exp(float(log_loss.detach()))
-            eta = float((rate / log_loss.detach().exp()))
+            eta = float(rate / log_loss.detach().exp())
             yield State(step, float(step), model, loss, eta, None, steps, not finite)
         if not finite or step == steps:
             return
