@@ -1,7 +1,8 @@
 """Margins of homogeneous networks and the support vector machine whose kernel is the NTK."""
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -222,3 +223,45 @@ def margin_growth(start: Mapping[str, float], end: Mapping[str, float], *, degre
         growth["trace"], 2 * (degree - 1) * growth["norm"], growth["scale_free_trace"], growth["normalized_margin"],
         growth["attained"], growth["scale_free_trace"] / 2, -growth["optimum_ratio"] / 2,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def rescale_layers(model: nn.Module, factors: Sequence[float]) -> nn.Module:
+    """Return a copy of a network without biases whose l-th weight is multiplied by the l-th factor.
+
+    With ReLU or no activation the function is multiplied by the product of the factors. It stays the same where that is 1.
+
+    Args:
+        model: Network whose parameters are its weights, first layer first.
+        factors: Positive, one per weight.
+
+    Raises:
+        ValueError: If the number of factors is not that of parameters, or one is not positive.
+    """
+    other = copy.deepcopy(model)
+    weights = list(other.parameters())
+    if len(weights) != len(factors) or min(factors) <= 0:
+        msg = f"factors must be {len(weights)} positive numbers, one per parameter of the model. Got {list(factors)}."
+        raise ValueError(msg)
+    for w, c in zip(weights, factors, strict=True):
+        w.mul_(c)
+    return other
+
+
+@torch.no_grad()
+def kink_share(weight: Float[Tensor, "m d"], x: Tensor, *, tolerance: float = 1e-3) -> float:
+    r"""Return the share of pairs of a unit j and an example i with :math:`|\cos \angle(w_j, x_i)| <` ``tolerance``.
+
+    There a ReLU unit is about to switch on or off, the gradient jumps, and so does the kernel. Units whose norm is below a tenth of
+    the largest are left out. Weights of random direction have a share near tolerance sqrt(2 d/pi).
+
+    Args:
+        weight: Weights of a first layer without bias, ``[m, d]``.
+        x: Inputs, ``[n, *input]``, flattened to ``[n, d]``.
+        tolerance: Cosine that counts as a kink.
+    """
+    norms = weight.norm(dim=1)
+    strong = norms >= 0.1 * norms.max()
+    flat = x.flatten(1)
+    cosines = (flat @ weight[strong].T) / (flat.norm(dim=1)[:, None] * norms[strong])
+    return float((cosines.abs() < tolerance).double().mean())

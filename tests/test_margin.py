@@ -10,7 +10,15 @@ from scipy.optimize import minimize
 from sklearn.svm import SVC
 
 from ntklib import data, models
-from ntklib.margin import block_means, homogeneity, margin_growth, tangent_features, tangent_margin
+from ntklib.margin import (
+    block_means,
+    homogeneity,
+    kink_share,
+    margin_growth,
+    rescale_layers,
+    tangent_features,
+    tangent_margin,
+)
 from ntklib.random import stream
 from ntklib.settings import MarginSettings
 from ntklib.svm import svm_dual
@@ -30,16 +38,6 @@ def features(n, p, seed=0):
 def network(depth=2, *, d=6, width=7, bias=False, activation="relu", c=1, seed=0):
     net = models.MLP(d, [width] * (depth - 1), c, bias=bias, activation=activation)
     return models.initialize(net, "standard", stream(seed, "init")).double().eval()
-
-
-def scaled(net, factors):
-    """The same network with the weight of layer l multiplied by ``factors[l]``."""
-    copy = network(len(factors))
-    copy.load_state_dict(net.state_dict())
-    with torch.no_grad():
-        for w, c in zip(copy.parameters(), factors, strict=True):
-            w.mul_(c)
-    return copy
 
 
 # -- the support vector machine ------------------------------------------------------------------------------------------------
@@ -221,7 +219,7 @@ def test_margin_and_trace_are_tied_by_an_identity_and_bounds(depth):
 def test_multiplying_all_weights_changes_the_trace_and_no_direction(depth):
     net, x, y = network(depth), features(8, 6), labels(8)
     one, c = tangent_margin(net, x, y, degree=depth), 3.0
-    other = tangent_margin(scaled(net, [c] * depth), x, y, degree=depth)
+    other = tangent_margin(rescale_layers(net, [c] * depth), x, y, degree=depth)
     assert other.trace == pytest.approx(c ** (2 * depth - 2) * one.trace, rel=1e-12)
     for name in ("scale_free_trace", "normalized_margin", "optimum_ratio", "radius_margin", "attained", "cosine", "within"):
         assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-9), name
@@ -229,9 +227,31 @@ def test_multiplying_all_weights_changes_the_trace_and_no_direction(depth):
 
 def test_rescaling_layers_against_each_other_raises_the_trace_and_keeps_the_function():
     net, x, y = network(2), features(8, 6), labels(8)
-    other = scaled(net, [10.0, 0.1])
+    other = rescale_layers(net, [10.0, 0.1])
     torch.testing.assert_close(other(x), net(x), rtol=1e-12, atol=1e-14)
     assert tangent_margin(other, x, y, degree=2).trace > tangent_margin(net, x, y, degree=2).trace
+
+
+def test_rescaling_takes_one_positive_factor_per_weight_and_leaves_the_model_alone():
+    net = network(2)
+    before = [w.clone() for w in net.parameters()]
+    other = rescale_layers(net, [2.0, 3.0])
+    for w, old, new, c in zip(net.parameters(), before, other.parameters(), [2.0, 3.0], strict=True):
+        assert torch.equal(w, old)
+        torch.testing.assert_close(new, c * old)
+    for factors in ([2.0], [2.0, 0.0]):
+        with pytest.raises(ValueError, match="2 positive numbers, one per parameter of the model. Got"):
+            rescale_layers(net, factors)
+
+
+def test_the_share_of_kinks_counts_pairs_at_right_angles():
+    weight = torch.tensor([[1.0, 0.0], [0.0, 5.0], [1e-3, 0.0]], dtype=DOUBLE)  # the third is too small to count
+    x = torch.tensor([[0.0, 2.0], [1.0, 1.0], [2e-3, 1.0]], dtype=DOUBLE)
+    assert kink_share(weight, x) == 1 / 6
+    assert kink_share(weight, x, tolerance=1e-2) == 2 / 6
+    assert kink_share(1e-7 * weight, 1e5 * x) == 1 / 6
+    wide, many = features(400, 50, 1), features(400, 50, 2)
+    assert kink_share(wide, many, tolerance=0.01) == pytest.approx(0.01 * math.sqrt(2 * 50 / math.pi), rel=0.05)
 
 
 def test_the_growth_adds_up():
@@ -329,7 +349,9 @@ def test_a_resumed_run_takes_the_same_steps():
 
 def test_a_dead_network_diverges_at_once_and_bad_labels_are_an_error():
     x, y = features(4, 6), labels(4)
-    net = scaled(network(), [0.0, 0.0])
+    net = network()
+    torch.nn.init.zeros_(net.layers[3].weight)
+    torch.nn.init.zeros_(net.layers[1].weight)
     (state,) = normalized_descent(net, x, y, lr=0.1, steps=10)
     assert state.diverged
     with pytest.raises(ValueError, match=r"must be \+1 or -1. Got 0"):
