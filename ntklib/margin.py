@@ -101,7 +101,8 @@ class TangentMargin:
         normalized_margin: min_i y_i f(x_i) / ||w||^L (Lyu & Li 2019); negative if an example is on the wrong side.
         optimum: D*, see ``SVMSolution``.
         optimum_ratio: D* Tr K/n; 1 if D* = n/Tr K, and 1/2 or more for every kernel.
-        mean_bound: A lower bound on ``optimum_ratio``, n Tr K/(2 y^T K y), from equal dual variables; 1 for a block kernel.
+        mean_bound: A lower bound on ``optimum_ratio``, n Tr K/(2 y^T K y), from equal dual variables; 1 for a block kernel with as
+            many examples in both classes.
         svm_margin: 1/sqrt(2 D*), the largest margin in feature space.
         radius_margin: The same over the feature radius sqrt(Tr K/n): (2 optimum_ratio)^(-1/2), at most 1.
         attained: The share L min_i y_i f(x_i) / (||w|| svm_margin) of the largest margin that w itself attains in feature space; 1
@@ -158,13 +159,13 @@ def tangent_margin(model: nn.Module, x: Tensor, y: Float[Tensor, " n"], *, degre
     smallest = float((signs * model(x)[:, 0].cpu().double()).min())
     norm, trace = float(w.norm()), float(kernel.trace()) / n
     ratio = solution.optimum * trace
-    u = features.T @ (solution.alpha * signs)
+    u, square = features.T @ (solution.alpha * signs), float(signs @ kernel @ signs)
     within, across = block_means(kernel, signs)
     found = solution.separable
     return TangentMargin(
         norm=norm, trace=trace, scale_free_trace=trace / norm ** (2 * (degree - 1)),
         normalized_margin=smallest / norm**degree, optimum=solution.optimum, optimum_ratio=ratio,
-        mean_bound=n**2 * trace / (2 * float(signs @ kernel @ signs)),
+        mean_bound=n**2 * trace / (2 * square) if square > 0 else math.inf,
         svm_margin=solution.margin, radius_margin=(2 * ratio) ** -0.5,
         attained=degree * smallest / (norm * solution.margin) if found else math.nan,
         cosine=float(u @ w / (u.norm() * norm)) if found else math.nan,

@@ -215,6 +215,19 @@ def test_margin_and_trace_are_tied_by_an_identity_and_bounds(depth):
     assert found.trace * 8 >= depth**2 * float(f @ f) / found.norm**2 * (1 - 1e-12)
 
 
+def test_a_network_that_tells_no_examples_apart_has_infinite_optimum_and_no_margin():
+    net = network(bias=True)
+    for w in net.parameters():
+        torch.nn.init.zeros_(w)
+    torch.nn.init.ones_(net.layers[3].bias)  # f = 1 and K = 1 everywhere
+    found = tangent_margin(net, features(6, 6), labels(6), degree=2)
+    assert found.trace == pytest.approx(1)
+    assert found.optimum == found.optimum_ratio == found.mean_bound == math.inf
+    assert found.svm_margin == found.radius_margin == 0
+    assert math.isnan(found.attained)
+    assert math.isnan(found.cosine)
+
+
 @pytest.mark.parametrize("depth", [2, 3])
 def test_multiplying_all_weights_changes_the_trace_and_no_direction(depth):
     net, x, y = network(depth), features(8, 6), labels(8)
