@@ -21,11 +21,21 @@ _HOMES = {
     "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"],
     "ntklib.infinite": ["infinite_nngp", "infinite_ntk"],
     "ntklib.linearized": ["constant_kernel_flow", "kernel_regression", "linearize"],
+    "ntklib.margin": [
+        "TangentMargin",
+        "block_means",
+        "homogeneity",
+        "kink_share",
+        "margin_growth",
+        "rescale_layers",
+        "tangent_features",
+        "tangent_margin",
+    ],
     "ntklib.operator": ["NTKOperator"],
     "ntklib.models": ["calibrate_batch_norm"],
     "ntklib.reference": ["load_reference"],
     "ntklib.runs": ["Run", "RunResult", "combine", "with_quantity"],
-    "ntklib.settings": ["FullBatchSettings", "SupervisedSettings"],
+    "ntklib.settings": ["FullBatchSettings", "MarginSettings", "SupervisedSettings"],
     "ntklib.similarity": [
         "centered_kernel_alignment",
         "kernel_alignment",
@@ -44,8 +54,17 @@ _HOMES = {
         "stable_rank",
         "top_eigenpairs",
     ],
+    "ntklib.svm": ["SVMSolution", "svm_dual"],
     "ntklib.sweeps": ["distinct", "gather", "sweep", "variants"],
-    "ntklib.training": ["accuracy", "adamw", "gradient_descent", "loop_by_optimizer", "parameter_norm", "sgd"],
+    "ntklib.training": [
+        "accuracy",
+        "adamw",
+        "gradient_descent",
+        "loop_by_optimizer",
+        "normalized_descent",
+        "parameter_norm",
+        "sgd",
+    ],
 }
 _MODULES = ("data", "models", "plots")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
