@@ -31,6 +31,7 @@ NUMERIC = (
     "linearized.py",
     "models",
     "operator.py",
+    "perturbation.py",
     "random.py",
     "similarity.py",
     "sketch.py",

@@ -31,6 +31,7 @@ NUMERIC = (
     "linearized",
     "models",
     "operator",
+    "perturbation",
     "similarity",
     "sketch",
     "spectra",
