@@ -24,9 +24,9 @@ _HOMES = {
     "ntklib.operator": ["NTKOperator"],
     "ntklib.perturbation": [
         "batch_trace",
-        "kink_bias",
         "layer_rms",
         "perturbation_response",
+        "plateau",
         "relu_response",
         "response_ratio",
         "trace_by_layer",

@@ -167,9 +167,7 @@ class _Problem:
 Drawn = tuple[Tensor, float]  # draws [num_samples], cost
 
 
-def per_draw(
-    params: Params, num_samples: int, generator: torch.Generator, measure: Callable[[Params], Tensor]
-) -> Tensor:
+def per_draw(params: Params, num_samples: int, generator: torch.Generator, measure: Callable[[Params], Tensor]) -> Tensor:
     """Apply ``measure`` to standard normal directions, as many at a time as fit; ``[draws, ...]`` of what it returns for one."""
     p = sum(w.numel() for w in params.values())
     size = max(1, min(num_samples, DRAW_BUDGET // (8 * p)))
@@ -199,7 +197,9 @@ def _jvp(q: _Problem) -> Drawn:
         parts = [directional_derivative(q.program.f, q.params, part, direction) for part in q.parts]
         return torch.cat(parts).square().sum()
 
-    return per_draw(q.params, q.num_samples, q.generator, measure), 3.0 * q.num_samples  # outputs, and two products per layer for their derivative
+    return per_draw(
+        q.params, q.num_samples, q.generator, measure
+    ), 3.0 * q.num_samples  # outputs, and two products per layer for their derivative
 
 
 def _output(q: _Problem) -> Drawn:

@@ -32,8 +32,8 @@ def perturbation_response(
     .. math:: T(\epsilon, z) = \frac{1}{\epsilon^2} \lVert f(x; w + \epsilon s \odot z) - f(x; w) \rVert_F^2 , \qquad
         T(0, z) = \lVert J (s \odot z) \rVert^2 , \qquad z \sim \mathcal N(0, I)
 
-    divided by n c when ``normalize``. With s = 1 it is the one-draw estimate of the main paper's Theorem 4.1, and T(0, z) its limit,
-    of mean Tr K; ``ntk_trace`` has both as methods ``perturbation`` and ``jvp``. As the rows share their draws z, the difference
+    divided by n c when ``normalize``. With s = 1 it is the one-draw estimate of the main paper's Theorem 4.1, and T(0, z), of mean
+    Tr K, is its limit; ``ntk_trace`` has both as methods ``perturbation`` and ``jvp``. As the rows share their draws z, the difference
     T(epsilon, z) - T(0, z) shows the bias of ``epsilon`` with far less noise than either row, and the mean of T(epsilon, z) and
     T(-epsilon, z) = T(epsilon, -z) with less noise still, as odd orders drop out.
 
@@ -182,9 +182,10 @@ def batch_trace(model: nn.Module, x: Tensor, *, normalize: bool = True) -> float
 
 
 def layer_rms(model: nn.Module) -> dict[str, float]:
-    r"""Root mean square :math:`\lVert w_\ell \rVert / \sqrt{d_\ell}` of every layer's trainable parameters, layers as in ``ntk_by_layer``.
+    r"""Root mean square :math:`\lVert w_\ell \rVert / \sqrt{d_\ell}` of every layer's trainable parameters.
 
-    Noise of standard deviation epsilon has the norm epsilon / rms relative to the layer it is added to.
+    Layers are those of ``ntk_by_layer``. Noise of standard deviation epsilon has the norm epsilon / rms relative to the layer that
+    it is added to.
     """
     params = {k: w.detach() for k, w in unwrap(model).named_parameters() if w.requires_grad}
     squares: dict[str, list[Tensor]] = {}
@@ -213,9 +214,7 @@ def trace_by_layer(model: nn.Module, x: Tensor, *, normalize: bool = True) -> di
     return {k: float(v.sum(dtype=torch.float64)) / (v.numel() if normalize else 1) for k, v in norms.items()}
 
 
-def relu_response(
-    u: Float[Tensor, " units"], s: Float[Tensor, " units"], epsilon: float
-) -> Float[Tensor, " units"]:
+def relu_response(u: Float[Tensor, " units"], s: Float[Tensor, " units"], epsilon: float) -> Float[Tensor, " units"]:
     r"""Mean squared change of max(0, u) under noise of standard deviation epsilon s on u, over epsilon^2, in closed form.
 
     .. math:: \frac{1}{\epsilon^2} \mathbb E \bigl[ (u + \epsilon s g)_+ - u_+ \bigr]^2 = s^2
@@ -237,12 +236,25 @@ def relu_response(
     return s.square() * torch.where(u > 0, 1 - a * density - (1 - a.square()) * tail, (1 + a.square()) * tail - a * density)
 
 
-def kink_bias(model: nn.Module, epsilon: float) -> float:
-    r"""Relative bias of the perturbation estimate that the kinks of a ReLU network cause at initialization, to first order.
+def plateau(epsilons: Sequence[float], ratios: Sequence[float], tolerance: float = 0.1) -> tuple[float, float]:
+    """Return the ends of the longest row of neighbouring epsilons whose ratios are within ``tolerance`` of 1.
 
-    .. math:: -\frac{2 \epsilon}{3 \pi} \sum_\ell \frac{1}{\mathrm{rms}(w_\ell)}
+    Of two rows of equal length the one with the smaller epsilons counts; without any the ends are nan.
 
-    The term of one layer is exact for Gaussian inputs (``relu_response``, with epsilon / rms the noise relative to the input of its
-    units); that the layers' terms add up is a rule of thumb, and so is its use after training, where fewer units are near their kink.
+    Args:
+        epsilons: Sizes of the noise, in any order.
+        ratios: Estimate over exact trace for each of them, as from ``response_ratio``.
+        tolerance: Largest relative error.
+
+    Raises:
+        ValueError: If there are not as many ratios as epsilons.
     """
-    return -2 * epsilon / (3 * math.pi) * sum(1 / rms for rms in layer_rms(model).values())
+    if len(epsilons) != len(ratios):
+        msg = f"There must be one ratio for each epsilon. Got {len(ratios)} for {len(epsilons)}."
+        raise ValueError(msg)
+    best: list[float] = []
+    row: list[float] = []
+    for epsilon, ratio in sorted(zip(epsilons, ratios, strict=True)):
+        row = [*row, epsilon] if abs(ratio - 1) <= tolerance else []
+        best = row if len(row) > len(best) else best
+    return (best[0], best[-1]) if best else (math.nan, math.nan)

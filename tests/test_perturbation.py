@@ -10,11 +10,11 @@ from torch import nn
 
 from ntklib import (
     batch_trace,
-    kink_bias,
     layer_rms,
     ntk_by_layer,
     ntk_trace,
     perturbation_response,
+    plateau,
     relu_response,
     response_ratio,
     trace_by_layer,
@@ -50,7 +50,7 @@ def training_mode(model: nn.Module) -> nn.Module:
     return changed
 
 
-def responses_by_hand(model, x, epsilon, num, scale=lambda name: 1.0):
+def responses_by_hand(model, x, epsilon, num, scale=lambda _: 1.0):
     """Add the noise to a copy's parameters, one draw at a time."""
     params = {k: w.detach() for k, w in model.named_parameters()}
     directions = random_direction(params, num, stream(1, "draws"))
@@ -106,7 +106,9 @@ def test_the_limit_is_approached_quadratically_by_mirrored_noise(how):
     model[2] = nn.Tanh()  # a smooth network
     T = perturbation_response(model, x, [0.0, 2e-3, -2e-3, 1e-3, -1e-3], num_samples=3, generator=stream(1, "draws"), **how)
     errors = [(T[i] + T[i + 1]) / 2 - T[0] for i in (1, 3)]
-    torch.testing.assert_close(errors[0] / errors[1], torch.full_like(T[0], 4.0), rtol=0.02, atol=0)  # the next order: 1e-3^2 larger
+    torch.testing.assert_close(
+        errors[0] / errors[1], torch.full_like(T[0], 4.0), rtol=0.02, atol=0
+    )  # the next order: 1e-3^2 larger
 
 
 def test_the_mean_of_the_limit_under_relative_noise_is_the_weighted_trace():
@@ -118,7 +120,10 @@ def test_the_mean_of_the_limit_under_relative_noise_is_the_weighted_trace():
 
 def test_the_weighted_trace_does_not_change_when_a_layer_is_scaled_and_the_next_one_undoes_it():
     model, x = net((5,), activation="relu", bias=False), normal(7, 4)
-    weighted = lambda: sum(layer_rms(model)[k] ** 2 * v for k, v in trace_by_layer(model, x).items())
+
+    def weighted():
+        return sum(layer_rms(model)[k] ** 2 * v for k, v in trace_by_layer(model, x).items())
+
     before, plain = weighted(), ntk_trace(model, x).mean
     with torch.no_grad():
         model.layers[1].weight *= 3
@@ -254,13 +259,21 @@ def test_a_relu_layer_has_the_bias_of_its_kinks():
     ratio, sem = response_ratio(model, x, [epsilon], trace, num_samples=4000, generator=stream(1, "draws"))
     assert abs(float(ratio) - law / trace) < 4 * float(sem)
     assert float(sem) < 0.05 * (1 - law / trace)  # the bias is seen
-    assert kink_bias(model, epsilon) == pytest.approx(law / trace - 1, rel=0.15)  # units by their mean and variance only
 
 
-def test_the_bias_of_kinks_is_of_first_order_and_adds_up_over_layers():
-    model = net((5, 6), activation="relu")
-    assert kink_bias(model, 0.02) == pytest.approx(2 * kink_bias(model, 0.01), rel=1e-12)
-    assert kink_bias(model, 1.0) == pytest.approx(-2 / (3 * math.pi) * sum(1 / v for v in layer_rms(model).values()), rel=1e-12)
+@pytest.mark.parametrize(
+    ("ratios", "ends"),
+    [
+        ([1.0, 1.09, 0.95, 0.7, 1.05], (1e-5, 1e-3)),
+        ([3.0, 1.09, 0.95, 0.7, 1.05], (1e-4, 1e-3)),
+        ([0.85, 1.0, 1.2, 0.95, 1.12], (1e-4, 1e-4)),  # equal lengths: the smaller epsilon
+        ([math.nan, 0.5, 1.5, math.inf, 1.11], (math.nan, math.nan)),
+    ],
+)
+def test_the_plateau_is_the_longest_row_of_good_epsilons(ratios, ends):
+    epsilons = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+    assert plateau(epsilons, ratios) == pytest.approx(ends, nan_ok=True)
+    assert plateau(epsilons[::-1], ratios[::-1]) == pytest.approx(ends, nan_ok=True)
 
 
 def test_frozen_parameters_receive_no_noise():
@@ -291,6 +304,7 @@ def test_without_a_generator_the_global_one_is_used_and_moves_on():
         (lambda m, x: perturbation_response(m, x[:0], [0.1]), "x must hold at least one example"),
         (lambda m, x: perturbation_response(m.train(), x, [0.1]), "must be in eval mode"),
         (lambda m, x: response_ratio(m, x, [0.1, 0.0], num_samples=2), r"epsilons must be greater than 0. Got \[0.1, 0.0\]"),
+        (lambda *_: plateau([0.1, 0.2], [1.0]), "one ratio for each epsilon. Got 1 for 2"),
         (lambda m, x: batch_trace(m, x * math.nan), "x must be finite"),
     ],
 )
