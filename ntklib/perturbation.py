@@ -34,8 +34,8 @@ def perturbation_response(
 
     divided by n c when ``normalize``. With s = 1 it is the one-draw estimate of the main paper's Theorem 4.1, and T(0, z), of mean
     Tr K, is its limit; ``ntk_trace`` has both as methods ``perturbation`` and ``jvp``. As the rows share their draws z, the
-    difference T(epsilon, z) - T(0, z) shows the bias of ``epsilon`` with far less noise than either row, and the mean of T(epsilon, z) and
-    T(-epsilon, z) = T(epsilon, -z) with less noise still, as odd orders drop out.
+    difference T(epsilon, z) - T(0, z) shows the bias of ``epsilon`` with far less noise than either row, and the mean of
+    T(epsilon, z) and T(-epsilon, z) = T(epsilon, -z) with less noise still, as odd orders drop out.
 
     With ``relative`` every layer's noise is in units of the root mean square of its parameters, s = ``layer_rms``, and the mean of
     T(0, z) is the weighted trace sum_l s_l^2 Tr K^(l), which does not change when a layer is multiplied by a factor that later
