@@ -33,7 +33,7 @@ _HOMES = {
     ],
     "ntklib.models": ["calibrate_batch_norm"],
     "ntklib.reference": ["load_reference"],
-    "ntklib.runs": ["Run", "RunResult", "combine"],
+    "ntklib.runs": ["Run", "RunResult", "combine", "with_quantity"],
     "ntklib.settings": ["FullBatchSettings", "SupervisedSettings"],
     "ntklib.similarity": [
         "centered_kernel_alignment",
@@ -53,7 +53,7 @@ _HOMES = {
         "stable_rank",
         "top_eigenpairs",
     ],
-    "ntklib.sweeps": ["sweep"],
+    "ntklib.sweeps": ["distinct", "gather", "sweep", "variants"],
     "ntklib.training": ["accuracy", "adamw", "gradient_descent", "loop_by_optimizer", "parameter_norm", "sgd"],
 }
 _MODULES = ("data", "models", "plots")

@@ -115,6 +115,12 @@ def loop_by_optimizer(name: str) -> Callable[..., Iterator[State]]:
     return OPTIMIZERS[name]
 
 
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Number of batches of ``n`` examples: the last one may be smaller, but one of a single example is left out."""
+    full, rest = divmod(n, batch_size)
+    return max(1, full + (rest > 1))  # batch normalisation needs two examples
+
+
 @dataclass(frozen=True)
 class _Order:
     """What a loop is told to do, whichever the optimizer."""
@@ -137,7 +143,7 @@ def _minibatches(
     resume: Checkpoint | None,
 ) -> Iterator[State]:
     loss_fn, transform, seed = loss_by_name(order.loss), augment_by_name(order.augment), order.seed
-    per_epoch = len(_batches(len(data.x_train), order.batch_size, seed, 0))
+    per_epoch = steps_per_epoch(len(data.x_train), order.batch_size)
     total = order.epochs * per_epoch
     measured = set(range(0, total + 1, per_epoch) if measure_at is None else measure_at) | {total}
 
@@ -189,5 +195,5 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn, x: Tensor
 
 
 def _batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    batches = torch.randperm(n, generator=stream(seed, "batches", epoch)).split(batch_size)
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches  # batch norm needs two examples
+    order = torch.randperm(n, generator=stream(seed, "batches", epoch))
+    return order.split(batch_size)[: steps_per_epoch(n, batch_size)]
