@@ -28,8 +28,10 @@ _HOMES = {
     "ntklib.settings": ["FullBatchSettings", "SupervisedSettings"],
     "ntklib.similarity": [
         "centered_kernel_alignment",
+        "distances_to_earlier",
         "kernel_alignment",
         "kernel_angle",
+        "kernel_change",
         "kernel_distance",
         "kernel_target_alignment",
         "kernel_velocity",
@@ -45,7 +47,7 @@ _HOMES = {
         "top_eigenpairs",
     ],
     "ntklib.sweeps": ["sweep"],
-    "ntklib.training": ["accuracy", "gradient_descent", "parameter_norm", "sgd"],
+    "ntklib.training": ["accuracy", "gradient_descent", "parameter_norm", "sgd", "steps_per_epoch"],
 }
 _MODULES = ("data", "models", "plots")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,4 +1,4 @@
-"""When a curve rises and when it has come to rest."""
+"""When a curve rises, when it has come to rest, and windows in which one quantity rests while another moves."""
 
 import math
 from collections.abc import Sequence
@@ -48,12 +48,103 @@ def rise_and_plateau(
     if not len(t) == len(v) == len(a) > 1:
         msg = f"epoch, value and accuracy must have the same length, at least 2. Got {len(t)}, {len(v)} and {len(a)}."
         raise ValueError(msg)
-    if not (np.isfinite(v) & (v > 0)).all():
-        msg = f"value must be positive and finite. Got {v[~(np.isfinite(v) & (v > 0))][0]}."
-        raise ValueError(msg)
+    _log(v)
     star = int(np.argmax(a >= a.max() - slack))
     before, after = slice(0, star + 1), slice(star, None)
     spearman = float(pd.Series(t[before]).corr(pd.Series(v[before]), method="spearman")) if star >= 2 else math.nan
     rise = float(np.log(v[star] / v[0]) / (t[star] - t[0])) if star else math.nan
     rest = float(np.polyfit(t[after], np.log(v[after]), 1)[0]) if len(t) - star >= 3 else math.nan
     return RiseAndPlateau(float(t[star]), spearman, rise, rest)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of training, and the largest value of what was looked for in it.
+
+    Attributes:
+        start: First time.
+        end: Last time; equal to ``start`` when no longer stretch meets the condition.
+        value: What was maximised; 0 for a stretch of one time.
+    """
+
+    start: float
+    end: float
+    value: float
+
+
+def complementary_windows(
+    epoch: Sequence[float],
+    trace: Sequence[float],
+    distance: np.ndarray,
+    *,
+    max_distance: float = 0.01,
+    max_log_trace: float = 0.05,
+) -> tuple[Window, Window]:
+    """Find where the direction of a kernel is frozen while its trace moves, and where it is the other way round.
+
+    A window is a run of successive times. In the first kind all pairwise distances within it are below ``max_distance``, and the
+    value is |log trace(end) - log trace(start)|. In the second kind the largest and the smallest log trace within it differ by less
+    than ``max_log_trace``, and the value is the distance of the kernels at start and end. Of each kind the window of largest value
+    is returned, the earliest one of equals.
+
+    Args:
+        epoch: Ascending times.
+        trace: Positive trace at these times.
+        distance: Pairwise kernel distances S, symmetric, ``[len(epoch), len(epoch)]``.
+        max_distance: Bound below which the direction counts as frozen.
+        max_log_trace: Bound below which the trace counts as at rest.
+
+    Returns:
+        The window with frozen direction and the window with resting trace.
+
+    Raises:
+        ValueError: If shapes do not fit, or a trace is not positive and finite.
+    """
+    t, v, s = (np.asarray(a, dtype=float) for a in (epoch, trace, distance))
+    if not (len(t) == len(v) >= 1 and s.shape == (len(t), len(t))):
+        msg = f"distance must be square, with one row per epoch and trace. Got {len(t)} epochs, {len(v)} traces, {s.shape}."
+        raise ValueError(msg)
+    log = _log(v)
+    frozen = turning = Window(float(t[0]), float(t[0]), 0.0)
+    for i in range(len(t)):
+        for j in range(i + 1, len(t)):
+            part = slice(i, j + 1)
+            moved, turned = abs(float(log[j] - log[i])), float(s[i, j])
+            if s[part, part].max() < max_distance and moved > frozen.value:
+                frozen = Window(float(t[i]), float(t[j]), moved)
+            if np.ptp(log[part]) < max_log_trace and turned > turning.value:
+                turning = Window(float(t[i]), float(t[j]), turned)
+    return frozen, turning
+
+
+def _log(value: np.ndarray) -> np.ndarray:
+    """Logarithm of positive, finite values."""
+    good = np.isfinite(value) & (value > 0)
+    if not good.all():
+        msg = f"value must be positive and finite. Got {value[~good][0]}."
+        raise ValueError(msg)
+    return np.log(value)
+
+
+def pairwise_distances(history: pd.DataFrame, split: str, steps: Sequence[int]) -> np.ndarray:
+    """Return the symmetric matrix of logged kernel distances of one run between the given steps, 0 on the diagonal.
+
+    Args:
+        history: Tidy frame of one run, with rows of the quantity ``distance`` whose ``layer`` is the earlier step as text.
+        split: Which rows.
+        steps: Steps, in the order of rows and columns.
+
+    Raises:
+        ValueError: If a pair was not logged.
+    """
+    rows = pd.DataFrame(history[(history["quantity"] == "distance") & (history["split"] == split)])
+    found = {(int(a), int(b)): float(v) for a, b, v in zip(rows["layer"], rows["step"], rows["value"], strict=True)}
+    matrix = np.zeros((len(steps), len(steps)))
+    for i, a in enumerate(steps):
+        for j, b in enumerate(steps[:i]):
+            pair = (min(a, b), max(a, b))
+            if pair not in found:
+                msg = f"The distance of every two steps must have been logged. Got none for steps {pair[0]} and {pair[1]}."
+                raise ValueError(msg)
+            matrix[i, j] = matrix[j, i] = found[pair]
+    return matrix

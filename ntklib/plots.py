@@ -107,3 +107,14 @@ def mark_diverged(ax: Axes, history: pd.DataFrame, *, x: str = "epoch") -> Axes:
         label = "diverged" if n == 0 else None
         ax.plot([position], [0.5], marker="x", color="black", linestyle="none", transform=ax.get_xaxis_transform(), label=label)
     return ax
+
+
+def distance_map(ax: Axes, time: Sequence[float], distance: np.ndarray, label: str, **options: Any) -> Axes:
+    """Show pairwise distances ``[m, m]`` between ``m`` measured times as a heat map, one square per pair, with ticks at times."""
+    image = ax.imshow(np.asarray(distance), origin="lower", interpolation="nearest", **options)
+    shown = range(0, len(time), max(1, len(time) // 7))
+    labels = [f"{time[i]:g}" for i in shown]
+    ax.set_xticks(list(shown), labels)
+    ax.set_yticks(list(shown), labels)
+    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
+    return ax

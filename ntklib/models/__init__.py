@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ntklib.models.between import between
 from ntklib.models.initialization import SCHEMES, initialize
 from ntklib.models.mlp import ACTIVATIONS, MLP
 from ntklib.models.resnet import LAYERS, ResNet
@@ -14,7 +15,8 @@ from ntklib.random import stream
 from ntklib.text import unknown
 
 __all__ = [
-    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "ResNet", "build", "calibrate_batch_norm", "check_name", "initialize",
+    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "ResNet", "between", "build", "calibrate_batch_norm", "check_name",
+    "initialize",
     "recalibrated",
 ]  # fmt: skip
 

@@ -66,7 +66,7 @@ def sgd(
     """
     loss_fn, transform = loss_by_name(loss), augment_by_name(augment)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    per_epoch = len(_batches(len(data.x_train), batch_size, seed, 0))
+    per_epoch = steps_per_epoch(len(data.x_train), batch_size)
     total = epochs * per_epoch
     measured = set(range(0, total + 1, per_epoch) if measure_at is None else measure_at) | {total}
 
@@ -115,6 +115,20 @@ def _sgd_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn, x: Te
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Steps of ``sgd`` per pass over ``n`` examples: the last batch may be smaller, one of a single example is left out.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+    if n < 1 or batch_size < 1:
+        msg = f"n and batch_size must be at least 1. Got {n} and {batch_size}."
+        raise ValueError(msg)
+    count = -(-n // batch_size)
+    last = n - (count - 1) * batch_size
+    return count - (last == 1 and count > 1)
 
 
 def _batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
