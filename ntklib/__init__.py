@@ -47,7 +47,15 @@ _HOMES = {
         "top_eigenpairs",
     ],
     "ntklib.sweeps": ["sweep"],
-    "ntklib.training": ["accuracy", "gradient_descent", "parameter_norm", "sgd", "steps_per_epoch"],
+    "ntklib.training": [
+        "accuracy",
+        "adamw",
+        "gradient_descent",
+        "loop_by_optimizer",
+        "parameter_norm",
+        "sgd",
+        "steps_per_epoch",
+    ],
 }
 _MODULES = ("data", "models", "plots")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

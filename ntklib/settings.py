@@ -85,9 +85,10 @@ class SupervisedSettings(ImageSettings):
         num_test: The same for test images.
         model: Name in ``ntklib.models``.
         width: Channels of the first stage, or hidden units.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: Learning rate at the first step.
-        momentum: Momentum.
-        weight_decay: Weight decay added to the gradient.
+        momentum: Momentum, of ``"sgd"`` alone.
+        weight_decay: Weight decay, added to the gradient but for ``"adamw"``.
         batch_size: Examples per step.
         epochs: Passes over the training data.
         schedule: ``"constant"`` or ``"cosine"``.
@@ -104,6 +105,7 @@ class SupervisedSettings(ImageSettings):
     num_test: Annotated[int, Field(ge=0)] = 0
     model: str
     width: Positive
+    optimizer: str = "sgd"
     lr: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -122,12 +124,13 @@ class SupervisedSettings(ImageSettings):
     def _check_names(self) -> Self:
         from ntklib import models
         from ntklib.data.augment import augment_by_name
-        from ntklib.training import SCHEDULES, loss_by_name
+        from ntklib.training import OPTIMIZERS, SCHEDULES, loss_by_name
 
         models.check_name(self.model)
         loss_by_name(self.loss)
         augment_by_name(self.augment)
         for kind, got, known in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
             ("schedule", self.schedule, SCHEDULES),
             ("method", self.method, ("exact", "output")),
         ):

@@ -137,6 +137,31 @@ def sgd_by_hand(
         yield params[0], params[1], value
 
 
+def adam_by_hand(
+    w: Tensor,
+    b: Tensor,
+    batches: list[tuple[Tensor, Tensor]],
+    rates: list[float],
+    betas: tuple[float, float],
+    decay: float,
+    decoupled: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters of a linear model after every step on the cross-entropy; averages as explicit weighted sums."""
+    params, history = [w.clone(), b.clone()], []
+    for (x, y), rate in zip(batches, rates, strict=True):
+        grads = linear_gradient("cross_entropy", *params, x, y)
+        history.append([g if decoupled else g + decay * v for g, v in zip(grads, params, strict=True)])
+        t = len(history)
+        for k in range(2):
+            m, v = (
+                sum(beta ** (t - 1 - s) * (1 - beta) * history[s][k] ** power for s in range(t)) / (1 - beta**t)
+                for beta, power in zip(betas, (1, 2), strict=True)
+            )
+            shrunk = params[k] * (1 - rate * decay) if decoupled else params[k]
+            params[k] = shrunk - rate * m / (v.sqrt() + 1e-8)
+        yield params[0], params[1]
+
+
 def summed_loss_descent(w: Tensor, b: Tensor, x: Tensor, y: Tensor, lr: float, steps: int) -> Tensor:
     """Return the outputs ``[steps + 1, n, c]`` of f(x) = W x + b under gradient descent on 1/2 sum_i ||f(x_i) - y_i||^2."""
     outputs = []

@@ -11,7 +11,7 @@ import torch
 from ntklib import Run, data, distances_to_earlier, kernel_change, kernel_distance, models, sgd, steps_per_epoch
 from ntklib.phases import complementary_windows, pairwise_distances
 from ntklib.runs import load_tensors_of
-from ntklib.training.loops import _batches
+from ntklib.training.minibatch import _batches
 
 
 def random_kernels(seed, size=7):

@@ -4,14 +4,15 @@ import math
 
 import pytest
 import torch
+import torchvision
 from reference import assert_sample_mean
 from torch import nn
 
-from ntklib.models import LAYERS, MLP, NAMES, ResNet, build, calibrate_batch_norm, check_name, initialize, recalibrated
+from ntklib.models import LAYERS, MLP, NAMES, VGG, ResNet, ViT, build, calibrate_batch_norm, check_name, initialize, recalibrated
 from ntklib.random import stream
 
 
-def make(name: str, *, width: int = 2, init: str = "standard", seed: int = 0) -> nn.Module:
+def make(name: str, *, width: int = 4, init: str = "standard", seed: int = 0) -> nn.Module:
     return build(name, input_shape=(3, 32, 32), num_classes=10, width=width, init=init, seed=seed)
 
 
@@ -46,7 +47,7 @@ def test_residual_networks_halve_the_image_three_times(name):
 
 def test_a_residual_block_adds_its_input():
     model = make("resnet18").eval()
-    block, x = model.layer1[0], torch.rand(2, 2, 6, 6)
+    block, x = model.layer1[0], torch.rand(2, 4, 6, 6)
     nn.init.zeros_(block.body[-1].weight)
     assert torch.equal(block(x), x)  # g = 0 and x >= 0
 
@@ -80,6 +81,82 @@ def test_a_perceptron_is_products_and_activations(activation, by_hand, bias):
         h = h @ layer.weight.T + (layer.bias if bias else 0)
         h = by_hand(h) if k < 2 else h
     torch.testing.assert_close(out, h, rtol=1e-12, atol=1e-12)  # reordered sums
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg16"])
+def test_plain_networks_have_the_convolutions_of_torchvision(name):
+    with torch.device("meta"):
+        ours, theirs = VGG(name, in_channels=3, num_classes=10, width=64), getattr(torchvision.models, f"{name}_bn")().features
+    sizes = [[(m.in_channels, m.out_channels) for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (ours, theirs)]
+    kinds = [[type(m) for m in net.modules() if not list(m.children())] for net in (ours.stages, theirs)]
+    assert sizes[0] == sizes[1]
+    assert kinds[0] == kinds[1]
+
+
+def test_the_plain_network_is_convolutions_rectifiers_maxima_and_a_mean():
+    model, x = make("cnn").double(), normal(2, 3, 32, 32)
+    h = x
+    for layer in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        windows = nn.functional.unfold(h, 3, padding=1)  # [n, channels 9, positions]
+        h = (layer.weight.flatten(1) @ windows + layer.bias[:, None]).clamp(min=0).unflatten(2, h.shape[2:])
+        h = torch.stack([h[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]).amax(0)
+    expected = h.flatten(2).sum(2) / 16 @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)  # reordered sums
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (2, 9, 13)])
+def test_small_and_uneven_images_pass(name, shape):
+    model = build(name, input_shape=shape, num_classes=3, width=4).eval()
+    assert model(torch.ones(2, *shape)).isfinite().all()
+
+
+def attention_by_loops(block: nn.Module, x: torch.Tensor, heads: int = 4) -> torch.Tensor:
+    """Weighted means of values, token by token and head by head."""
+    tokens, width = x.shape
+    q, k, v = (x @ block.query_key_value.weight.T + block.query_key_value.bias).split(width, dim=1)
+    out, size = torch.zeros_like(x), width // heads
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        for i in range(tokens):
+            scores = torch.stack([q[i, part] @ k[j, part] / math.sqrt(size) for j in range(tokens)])
+            weights = scores.exp() / scores.exp().sum()
+            out[i, part] = sum(w * v[j, part] for j, w in enumerate(weights))
+    return out @ block.project.weight.T + block.project.bias
+
+
+def test_attention_is_weighted_means_by_loops():
+    attention = make("vit", width=8).double().blocks[1].attention
+    x = normal(2, 5, 8)
+    expected = torch.stack([attention_by_loops(attention, row) for row in x])
+    torch.testing.assert_close(attention(x), expected, rtol=1e-12, atol=1e-12)  # reordered sums
+
+
+def test_the_transformer_reads_a_token_that_has_seen_every_patch():
+    model = make("vit", width=8).double().eval()
+    x = normal(1, 3, 32, 32).requires_grad_()
+    assert model.position.shape == (1, 65, 8)  # 8 x 8 patches of 4 pixels and the class token
+    (gradient,) = torch.autograd.grad(model(x)[0, 0], x)
+    patches = gradient.unflatten(3, (8, 4)).unflatten(2, (8, 4)).abs().amax((0, 1, 3, 5))
+    assert (patches > 0).all()
+
+
+def test_a_transformer_whose_blocks_add_nothing_does_not_see_the_image():
+    model = make("vit", width=8).double().eval()
+    for block in model.blocks:
+        for layer in (block.attention.project, block.mlp[2]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    token = model.norm(model.token[0] + model.position[0, :1])
+    expected = (token @ model.head.weight.T + model.head.bias).expand(2, -1)
+    torch.testing.assert_close(model(normal(2, 3, 32, 32)), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parameters_of_no_layer_are_small_normals():
+    draws = ViT(input_shape=(1, 28, 28), num_classes=2, width=2000)
+    initialize(draws, "he", stream(0, "init"))
+    assert_sample_mean(draws.position.detach().double().square(), 0.02**2)
+    assert draws.token.abs().max() > 0.02
 
 
 # fan_in = 300 and 900, fan_out = 420 and 1350: more than 1e5 weights each, so that the standard error is under 0.5 %
@@ -129,7 +206,7 @@ def test_initialization_makes_normalisation_layers_the_identity_map(norm):
     assert torch.equal(norm.bias, torch.zeros(3))
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["mlp", "vgg11", "resnet18", "resnet50", "vit"])
 @pytest.mark.parametrize("init", ["standard", "he", "orthogonal"])
 def test_the_seed_alone_decides_the_weights(name, init):
     state = torch.get_rng_state()
@@ -196,7 +273,9 @@ def test_calibration_changes_nothing_without_batch_normalisation():
     ("call", "message"),
     [
         (lambda: check_name("resnet19"), "Unknown model 'resnet19'. Did you mean 'resnet1"),
-        (lambda: make("mpl"), "Unknown model 'mpl'. Did you mean 'mlp'.*Known: mlp, resnet101"),
+        (lambda: make("mpl"), "Unknown model 'mpl'. Did you mean 'mlp'.*Known: cnn, mlp, resnet101"),
+        (lambda: make("vit", width=6), "width of vit must be a multiple of its 4 heads. Got 6"),
+        (lambda: build("vit", input_shape=(8, 8), num_classes=2, width=4), r"images of shape.*\(8, 8\)"),
         (lambda: make("mlp", init="xavjer"), "Unknown initialization 'xavjer'. Did you mean 'xavier'"),
         (lambda: MLP(3, [2], 1, activation="rellu"), "Unknown activation 'rellu'. Did you mean 'relu'"),
         (lambda: make("mlp", width=0), "width must be at least 1. Got 0"),

@@ -5,14 +5,25 @@ import math
 
 import pytest
 import torch
-from reference import cosine_by_hand, linear_gradient, loss_by_loops, sgd_by_hand, windows
+from reference import adam_by_hand, cosine_by_hand, linear_gradient, loss_by_loops, sgd_by_hand, windows
 from torch import nn
 
 from ntklib.data import Dataset
 from ntklib.data.augment import augment_by_name, crop_flip
 from ntklib.models import MLP, build, initialize
 from ntklib.random import stream
-from ntklib.training import LOSSES, State, accuracy, gradient_descent, learning_rate, loss_by_name, one_hot, parameter_norm, sgd
+from ntklib.training import (
+    LOSSES,
+    State,
+    accuracy,
+    gradient_descent,
+    learning_rate,
+    loop_by_optimizer,
+    loss_by_name,
+    one_hot,
+    parameter_norm,
+    sgd,
+)
 
 LAWS = {"rtol": 1e-12, "atol": 1e-12}  # the same float64 sums in another order
 
@@ -65,6 +76,26 @@ def test_sgd_takes_the_steps_of_its_definition(n, momentum, weight_decay, nester
         assert state.loss == pytest.approx(value, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize(("decay", "schedule"), [(0.0, "constant"), (0.3, "cosine")])
+def test_adam_takes_the_steps_of_its_definition(name, decay, schedule):
+    data, model, betas, lr, total = dataset(9), linear(), (0.8, 0.95), 0.2, 6
+    orders = [torch.randperm(9, generator=stream(5, "batches", epoch)) for epoch in range(3)]
+    batches = [(data.x_train[i].flatten(1), data.y_train[i]) for order in orders for i in (order[:4], order[4:8])]
+    rates = [cosine_by_hand(lr, s, total) if schedule == "cosine" else lr for s in range(total)]
+    by_hand = adam_by_hand(*weights(model), batches, rates, betas, decay, name == "adamw")
+    options = {"beta1": betas[0], "beta2": betas[1], "weight_decay": decay, "schedule": schedule}
+    states = loop_by_optimizer(name)(model, data, lr=lr, batch_size=4, epochs=3, seed=5, measure_at=range(1, 7), **options)
+    for state, expected in zip(states, by_hand, strict=True):
+        for got, wanted in zip(state.model.parameters(), expected, strict=True):
+            torch.testing.assert_close(got.detach(), wanted, rtol=1e-11, atol=1e-12)  # a quotient of reordered sums
+
+
+def test_an_unknown_optimizer_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="Unknown optimizer 'adamv'.*adam"):
+        loop_by_optimizer("adamv")
+
+
 def test_the_loss_of_a_state_is_the_mean_since_the_last_measured_one():
     options = {"lr": 0.1, "batch_size": 4, "epochs": 4}
     each = [s.loss for s in sgd(linear(), dataset(), measure_at=range(13), **options)]
@@ -102,14 +133,15 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_run_resumed_from_any_measured_step_ends_with_the_same_bits(name):
+@pytest.mark.parametrize(("name", "optimizer"), [*((name, "sgd") for name in RESUMED), ("resnet", "adam"), ("resnet", "adamw")])
+def test_a_run_resumed_from_any_measured_step_ends_with_the_same_bits(name, optimizer):
     make, shape, augment = RESUMED[name]
     data = dataset(shape=shape, dtype=torch.float32)
 
     def run(model, **resume):
-        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "batch_size": 4, "epochs": 2, "schedule": "cosine"}
-        for s in sgd(model, data, **options, augment=augment, seed=1, measure_at=[0, 2, 3, 5], **resume):
+        options = {"lr": 0.1, "weight_decay": 1e-3, "batch_size": 4, "epochs": 2, "schedule": "cosine", "augment": augment}
+        options |= {"momentum": 0.9} if optimizer == "sgd" else {}
+        for s in loop_by_optimizer(optimizer)(model, data, **options, seed=1, measure_at=[0, 2, 3, 5], **resume):
             yield (s.step, s.epoch, s.loss, s.lr, s.diverged), content(s)
 
     whole = list(run(make(0)))

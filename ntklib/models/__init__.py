@@ -11,16 +11,17 @@ from ntklib.models.between import between
 from ntklib.models.initialization import SCHEMES, initialize
 from ntklib.models.mlp import ACTIVATIONS, MLP
 from ntklib.models.resnet import LAYERS, ResNet
+from ntklib.models.vgg import STAGES, VGG
+from ntklib.models.vit import ViT
 from ntklib.random import stream
 from ntklib.text import unknown
 
 __all__ = [
-    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "ResNet", "between", "build", "calibrate_batch_norm", "check_name",
-    "initialize",
-    "recalibrated",
+    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "ResNet", "ViT", "between", "build",
+    "calibrate_batch_norm", "check_name", "initialize", "recalibrated",
 ]  # fmt: skip
 
-NAMES = ("mlp", *LAYERS)
+NAMES = ("mlp", *STAGES, *LAYERS, "vit")
 
 
 def check_name(name: str) -> None:
@@ -35,16 +36,17 @@ def build(
     """Build and initialize a model by name.
 
     Args:
-        name: ``"mlp"`` (two hidden ReLU layers of ``width`` units) or ``"resnet18"``, ``"resnet34"``, ``"resnet50"``,
-            ``"resnet101"`` (first stage with ``width`` channels; 64 is the standard network).
-        input_shape: Shape of one input, ``(channels, height, width)`` for the residual networks.
+        name: ``"mlp"`` (two hidden ReLU layers of ``width`` units); ``"cnn"``, ``"vgg11"``, ``"vgg16"``, ``"resnet18"``,
+            ``"resnet34"``, ``"resnet50"``, ``"resnet101"`` (first stage with ``width`` channels; 64 is the standard network);
+            ``"vit"`` (tokens of dimension ``width``, a multiple of 4).
+        input_shape: Shape of one input, ``(channels, height, width)`` for all but the multilayer perceptron.
         num_classes: Outputs c.
         width: See ``name``.
         init: Scheme of ``initialize``.
         seed: Weights are drawn from ``stream(seed, "init")``.
 
     Raises:
-        ValueError: If a name is unknown, the width is not positive or the input shape does not fit the model.
+        ValueError: If a name is unknown, or the width or the input shape does not fit the model.
     """
     check_name(name)
     if width < 1:
@@ -56,8 +58,12 @@ def build(
     with torch.random.fork_rng([]):  # layers draw PyTorch's default weights from the global generator when they are made
         if name == "mlp":
             model: nn.Module = MLP(math.prod(input_shape), [width, width], num_classes)
+        elif name == "vit":
+            channels, rows, columns = input_shape
+            model = ViT(input_shape=(channels, rows, columns), num_classes=num_classes, width=width)
         else:
-            model = ResNet(name, in_channels=input_shape[0], num_classes=num_classes, width=width)
+            kind = VGG if name in STAGES else ResNet
+            model = kind(name, in_channels=input_shape[0], num_classes=num_classes, width=width)
     # channels last: convolutions train a third faster
     return initialize(model, init, stream(seed, "init")).to(memory_format=torch.channels_last)
 

@@ -11,7 +11,10 @@ SCHEMES = ("standard", "kaiming", "xavier", "orthogonal", "he")
 
 
 def initialize(model: nn.Module, scheme: str, generator: torch.Generator) -> nn.Module:
-    r"""Draw all weights and biases of linear and convolution layers in place; normalisation layers become the identity map.
+    r"""Draw all parameters in place: weights and biases of linear and convolution layers by the scheme.
+
+    Normalisation layers become the identity map. Parameters that belong to no layer (class tokens, positions) are normal with
+    standard deviation 0.02, as is usual for transformers.
 
     ============ ======================================================================= ==========================
     scheme       weights (fan_in = inputs of one unit, fan_out = uses of one input)        biases
@@ -41,6 +44,9 @@ def initialize(model: nn.Module, scheme: str, generator: torch.Generator) -> nn.
             _draw(module, scheme, generator)
         elif isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
             module.reset_parameters()  # weight 1, bias 0: no randomness
+        else:
+            for w in module.parameters(recurse=False):
+                nn.init.normal_(w, std=0.02, generator=generator)
     return model
 
 

@@ -1,0 +1,207 @@
+"""Training on mini-batches as generators of states: they yield before each measured step, never print and never save."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ntklib.data.augment import augment_by_name
+from ntklib.data.datasets import Dataset
+from ntklib.models import calibrate_batch_norm
+from ntklib.random import stream
+from ntklib.text import unknown
+from ntklib.training.losses import loss_by_name
+from ntklib.training.schedules import learning_rate
+from ntklib.training.state import State
+
+Checkpoint = tuple[int, dict[str, Tensor]]  # step, State.tensors()
+
+
+def sgd(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    batch_size: int,
+    epochs: int,
+    schedule: str = "constant",
+    loss: str = "cross_entropy",
+    augment: str = "none",
+    seed: int = 0,
+    measure_at: Collection[int] | None = None,
+    resume: Checkpoint | None = None,
+) -> Iterator[State]:
+    r"""Stochastic gradient descent with momentum on mini-batches drawn without replacement.
+
+    .. math:: v_{s+1} = \mu v_s + \nabla L(w_s) + \lambda w_s, \qquad w_{s+1} = w_s - \eta_s v_{s+1}
+
+    as in PyTorch and the main paper (appendix B.1): momentum is not damped, so the effective learning rate is lr/(1 - momentum),
+    and weight decay acts on all parameters. ``L`` is the mean over the batch. A new permutation of the training data is drawn per
+    epoch; the last batch of an epoch may be smaller (a last batch of one example is left out). Before the first step,
+    batch-normalisation statistics are calibrated on the training data, so that eval mode means something at step 0.
+
+    Batches and augmentations are functions of the seed and the step, so a run resumed from a checkpoint takes the same steps.
+
+    Args:
+        model: Network to train, in place, on the device of the data.
+        data: Training images and labels.
+        lr: Learning rate at step 0, in units of loss and parameters (no factor of the batch size).
+        momentum: mu in [0, 1).
+        weight_decay: lambda, added to the gradient (not decoupled).
+        nesterov: Nesterov's variant of momentum.
+        batch_size: Examples per step.
+        epochs: Passes over the data.
+        schedule: See ``learning_rate``.
+        loss: See ``ntklib.training.losses``.
+        augment: See ``ntklib.data.augment``.
+        seed: Seed of batches, augmentation and dropout.
+        measure_at: Steps at which to yield. Default: 0 and every epoch's end.
+        resume: A step and its ``State.tensors()``: continue after that state, which is not yielded again.
+
+    Yields:
+        The state before each measured step and after the last one. After a state whose loss or parameters are not finite
+        (``diverged``) the loop ends.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    order = _Order(lr, batch_size, epochs, schedule, loss, augment, seed)
+    yield from _minibatches(model, data, optimizer, order, measure_at, resume)
+
+
+def adamw(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    batch_size: int,
+    epochs: int,
+    schedule: str = "constant",
+    loss: str = "cross_entropy",
+    augment: str = "none",
+    seed: int = 0,
+    measure_at: Collection[int] | None = None,
+    resume: Checkpoint | None = None,
+) -> Iterator[State]:
+    r"""Adam with decoupled weight decay on mini-batches drawn without replacement.
+
+    .. math:: w_{s+1} = (1 - \eta_s \lambda) w_s - \eta_s \, \hat m_{s+1} / (\sqrt{\hat v_{s+1}} + 10^{-8})
+
+    where m and v are averages of the gradient and of its square with decay rates ``beta1`` and ``beta2``, and the hat divides them
+    by 1 - beta^(s+1) (Kingma & Ba 2015, arXiv:1412.6980v9, Algorithm 1; Loshchilov & Hutter 2019, arXiv:1711.05101v3, Algorithm 2,
+    with PyTorch's convention that the decay is multiplied by the learning rate). ``decoupled=False`` is plain Adam: the decay
+    lambda w is added to the gradient, so the averages see it. All else is as in ``sgd``.
+    """
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    optimizer = kind(model.parameters(), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+    order = _Order(lr, batch_size, epochs, schedule, loss, augment, seed)
+    yield from _minibatches(model, data, optimizer, order, measure_at, resume)
+
+
+OPTIMIZERS = {"sgd": sgd, "adam": partial(adamw, decoupled=False), "adamw": adamw}
+
+
+def loop_by_optimizer(name: str) -> Callable[..., Iterator[State]]:
+    """Return the training loop of the optimizer of this name, or raise ``ValueError`` with the known ones."""
+    if name not in OPTIMIZERS:
+        raise ValueError(unknown("optimizer", name, OPTIMIZERS))
+    return OPTIMIZERS[name]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a loop is told to do, whichever the optimizer."""
+
+    lr: float
+    batch_size: int
+    epochs: int
+    schedule: str
+    loss: str
+    augment: str
+    seed: int
+
+
+def _minibatches(
+    model: nn.Module,
+    data: Dataset,
+    optimizer: torch.optim.Optimizer,
+    order: _Order,
+    measure_at: Collection[int] | None,
+    resume: Checkpoint | None,
+) -> Iterator[State]:
+    loss_fn, transform, seed = loss_by_name(order.loss), augment_by_name(order.augment), order.seed
+    per_epoch = steps_per_epoch(len(data.x_train), order.batch_size)
+    total = order.epochs * per_epoch
+    measured = set(range(0, total + 1, per_epoch) if measure_at is None else measure_at) | {total}
+
+    def rate(step: int) -> float:
+        return learning_rate(order.schedule, order.lr, step, total)
+
+    state = State(0, 0.0, model, float("nan"), rate(0), optimizer, total)
+    if resume is None:
+        calibrate_batch_norm(model, data.x_train)
+        if 0 in measured:
+            model.eval()
+            yield state
+    else:
+        state.step = resume[0]
+        state.restore(resume[1])
+
+    running, since = torch.zeros((), device=data.x_train.device), 0
+    for step in range(state.step, total):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0 or step == state.step:
+            batches = _batches(len(data.x_train), order.batch_size, seed, epoch)
+        index = batches[position].to(data.x_train.device)
+        x, y = transform(data.x_train[index], stream(seed, "augment", step)), data.y_train[index]
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        running, since = running + _step(model, optimizer, loss_fn, x, y, seed, step), since + 1
+        if step + 1 in measured:
+            value = float(running) / since
+            finite = bool(torch.isfinite(running)) and all(bool(w.isfinite().all()) for w in model.parameters())
+            model.eval()
+            state = State(step + 1, (step + 1) / per_epoch, model, value, rate(step + 1), optimizer, total, not finite)
+            yield state
+            if not finite:
+                return
+            running, since = torch.zeros_like(running), 0
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn, x: Tensor, y: Tensor, seed: int, step: int) -> Tensor:
+    """Take one step in training mode; dropout masks depend on the seed and the step alone. Returns the loss before it."""
+    model.train()
+    devices = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(stream(seed, "dropout", step).initial_seed())
+        loss = loss_fn(model(x), y)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Steps per pass over ``n`` examples: the last batch may be smaller, and one of a single example is left out.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+    if n < 1 or batch_size < 1:
+        msg = f"n and batch_size must be at least 1. Got {n} and {batch_size}."
+        raise ValueError(msg)
+    count = -(-n // batch_size)
+    last = n - (count - 1) * batch_size
+    return count - (last == 1 and count > 1)
+
+
+def _batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    batches = torch.randperm(n, generator=stream(seed, "batches", epoch)).split(batch_size)
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches  # batch norm needs two examples
