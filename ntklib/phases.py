@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
+
+from ntklib.text import unknown
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,64 @@ def rise_and_plateau(
     rise = float(np.log(v[star] / v[0]) / (t[star] - t[0])) if star else math.nan
     rest = float(np.polyfit(t[after], np.log(v[after]), 1)[0]) if len(t) - star >= 3 else math.nan
     return RiseAndPlateau(float(t[star]), spearman, rise, rest)
+
+
+def settling_time(epoch: Sequence[float], value: Sequence[float], *, tolerance: float = 0.1, measure: str = "log") -> float:
+    """Return the first time from which on a positive quantity stays within ``tolerance`` of its final value.
+
+    Args:
+        epoch: Ascending times.
+        value: Positive quantity at these times.
+        tolerance: Largest deviation, exclusive: of the logarithm, or as a fraction of the range (largest minus smallest value).
+        measure: ``"log"`` or ``"range"``.
+
+    Raises:
+        ValueError: If lengths differ, a value is not positive and finite, or the measure is unknown.
+    """
+    t, v = np.asarray(epoch, dtype=float), np.asarray(value, dtype=float)
+    if not len(t) == len(v) >= 1:
+        msg = f"epoch and value must have the same length, at least 1. Got {len(t)} and {len(v)}."
+        raise ValueError(msg)
+    if measure not in ("log", "range"):
+        raise ValueError(unknown("measure", measure, ("log", "range")))
+    log = _log(v)
+    away = np.abs(log - log[-1]) if measure == "log" else np.abs(v - v[-1]) / (np.ptp(v) or 1.0)
+    outside = np.flatnonzero(away >= tolerance)
+    return float(t[outside[-1] + 1]) if len(outside) else float(t[0])
+
+
+@dataclass(frozen=True)
+class SignTest:
+    """A paired comparison by sign.
+
+    Attributes:
+        smaller: Pairs whose first number is the smaller one.
+        larger: Pairs whose first number is the larger one.
+        ties: Pairs of equal numbers, which the test leaves out.
+    """
+
+    smaller: int
+    larger: int
+    ties: int
+
+    @property
+    def p_value(self) -> float:
+        """One-sided p-value of "the first is not smaller", by the binomial distribution over untied pairs; 1 when all are tied."""
+        decided = self.smaller + self.larger
+        return float(binomtest(self.smaller, decided, 0.5, alternative="greater").pvalue) if decided else 1.0
+
+
+def sign_test(first: Sequence[float], second: Sequence[float]) -> SignTest:
+    """Compare paired numbers by sign; small p-values say that the first ones are smaller.
+
+    Raises:
+        ValueError: If lengths differ.
+    """
+    if len(first) != len(second):
+        msg = f"Pairs are needed, so both must have the same length. Got {len(first)} and {len(second)}."
+        raise ValueError(msg)
+    signs = [(a > b) - (a < b) for a, b in zip(first, second, strict=True)]
+    return SignTest(signs.count(-1), signs.count(1), signs.count(0))
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def test_windows_of_growth_and_of_turning_are_found():
 
 def test_what_happens_between_the_ends_of_a_window_counts():
     # out and back again, in direction and in trace: no window of either kind is longer than a point
-    frozen, turning = complementary_windows([0, 1, 2], [1, 2, 1.5], turning_kernels([0, 0.5, 0.1]))
+    frozen, turning = complementary_windows([0, 1, 2], [1, 2, 1.01], turning_kernels([0, 0.5, 0.1]))
     assert frozen.value == turning.value == 0
     assert frozen.start == frozen.end == 0
     out_and_back = complementary_windows([0, 1, 2], [1, 2, 1.5], turning_kernels([0, 0.5, 0.01]))
