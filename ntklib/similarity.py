@@ -50,7 +50,8 @@ def kernel_velocity(k1: Tensor, k2: Tensor, dt: float) -> float:
 
     The papers divide the distance itself, v = S/dt (the main paper's section 4). Along a smooth path S = (angle)^2 / 2 to leading
     order, so S/dt vanishes with dt and says as much about the choice of dt as about the kernel; the angle over dt has a limit, the
-    speed on the unit sphere of kernels. ``kernel_distance(k1, k2) / dt`` is the papers' number. Changes of scale do not count.
+    speed on the unit sphere of kernels. ``kernel_distance(k1, k2) / dt`` is the papers' number. Changes of scale do not count. The
+    path of a network with ReLU is not smooth: its kernel jumps when a unit switches, and S is then of order dt on average.
 
     Args:
         k1: Kernel at time t, any shape.
