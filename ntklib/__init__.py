@@ -24,7 +24,7 @@ _HOMES = {
     "ntklib.operator": ["NTKOperator"],
     "ntklib.models": ["calibrate_batch_norm"],
     "ntklib.reference": ["load_reference"],
-    "ntklib.runs": ["Run", "RunResult", "combine"],
+    "ntklib.runs": ["Run", "RunResult", "combine", "with_quantity"],
     "ntklib.settings": ["FullBatchSettings", "SupervisedSettings"],
     "ntklib.similarity": [
         "centered_kernel_alignment",
@@ -46,7 +46,7 @@ _HOMES = {
         "stable_rank",
         "top_eigenpairs",
     ],
-    "ntklib.sweeps": ["sweep"],
+    "ntklib.sweeps": ["distinct", "gather", "sweep", "variants"],
     "ntklib.training": [
         "accuracy",
         "adamw",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ntklib.runs import RunResult
 
 PRESETS = ("smoke", "default", "paper")
+FOLDED = 12  # a longer table of runs is folded
 CUSTOM = "custom"  # parameters that are no preset's
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -159,6 +160,8 @@ class Provenance:
             seconds = sum(s["wall_seconds"] for s in r.sessions)
             memory = max(s["peak_memory_mib"] or 0 for s in r.sessions)
             rows.append(f"| `{r.key[:8]}` | {r.settings.get('seed', '')} | {r.status} | {seconds:.0f} | {memory:.0f} |")
+        if len(self.results) > FOLDED:
+            rows = [f"<details><summary>{len(self.results)} runs</summary>", "", *rows, "", "</details>"]
         return "\n".join([f"Preset {self.chapter.preset}; {len(self.results)} runs. {self._machines()}", "", *rows])
 
     def _machines(self) -> str:

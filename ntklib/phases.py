@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -58,6 +59,23 @@ def rise_and_plateau(
     rise = float(np.log(v[star] / v[0]) / (t[star] - t[0])) if star else math.nan
     rest = float(np.polyfit(t[after], np.log(v[after]), 1)[0]) if len(t) - star >= 3 else math.nan
     return RiseAndPlateau(float(t[star]), spearman, rise, rest)
+
+
+def smallest_rank_correlation(curves: Sequence[Sequence[float]]) -> float:
+    """Smallest Spearman rank correlation between any two curves sampled at the same times: 1 when all order the times alike.
+
+    Raises:
+        ValueError: If there are fewer than two curves, their lengths differ, or a curve is constant or not finite.
+    """
+    lengths = {len(c) for c in curves}
+    if len(curves) < 2 or len(lengths) != 1:
+        msg = f"At least two curves of one length are required. Got {len(curves)} of lengths {sorted(lengths)}."
+        raise ValueError(msg)
+    for curve in curves:
+        if not np.isfinite(curve).all() or len(set(curve)) == 1:
+            msg = f"A curve must be finite and not constant. Got one from {min(curve)} to {max(curve)}."
+            raise ValueError(msg)
+    return min(float(pd.Series(a).corr(pd.Series(b), method="spearman")) for a, b in combinations(map(list, curves), 2))
 
 
 def settling_time(epoch: Sequence[float], value: Sequence[float], *, tolerance: float = 0.1, measure: str = "log") -> float:

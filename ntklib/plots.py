@@ -68,6 +68,47 @@ def seed_curves(
     return ax
 
 
+def sweep_curves(
+    ax: Axes,
+    history: pd.DataFrame,
+    quantity: str,
+    by: str,
+    values: Sequence[Any],
+    *,
+    x: str = "epoch",
+    split: str | None = None,
+    labels: Sequence[str] | None = None,
+    ordered: bool = True,
+) -> Axes:
+    """Draw one quantity for every value of a setting: mean over runs with a band of one standard error.
+
+    Args:
+        ax: Axes to draw on.
+        history: Tidy frame of all runs, with the setting ``by`` as a column.
+        quantity: The quantity.
+        by: Column of the setting.
+        values: Its values, in the order of the legend; a value without rows is left out.
+        x: Column of the abscissa.
+        split: Keep rows of this split only.
+        labels: Legend entries. Default: the values.
+        ordered: Whether the values are a scale, drawn with colours from dark to light, or kinds, drawn with the palette.
+    """
+    kept = history[history["quantity"] == quantity]
+    kept = kept if split is None else kept[kept["split"] == split]
+    colors = [plt.get_cmap("viridis")(c) for c in np.linspace(0, 0.85, len(values))] if ordered else PALETTE
+    for i, value in enumerate(values):
+        table = pd.DataFrame(kept[kept[by] == value]).pivot_table(index=x, columns="run", values="value")
+        table = table.replace([np.inf, -np.inf], np.nan)
+        if table.empty:
+            continue
+        mean, sem = table.mean(axis=1), table.sem(axis=1).fillna(0.0)
+        color, label = colors[i % len(colors)], str(value) if labels is None else labels[i]
+        ax.fill_between(table.index, mean - sem, mean + sem, color=color, alpha=0.25, linewidth=0)
+        ax.plot(table.index, mean, color=color, marker=MARKERS[i % len(MARKERS)], label=label)
+    ax.set_xlabel(x)
+    return ax
+
+
 def join_legends(*axes: Axes, **options: Any) -> None:
     """Put the legends of axes that share a panel into one, on the first."""
     handles, labels = zip(*(pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)), strict=True)

@@ -291,6 +291,20 @@ def combine(results: Iterable[RunResult], *columns: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def with_quantity(history: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """Return the frame with one quantity as a column of its name, as an abscissa for the others of the same run and step.
+
+    Raises:
+        ValueError: If a run logged it more than once a step.
+    """
+    rows = pd.DataFrame(history[history["quantity"] == quantity]).drop_duplicates(["run", "step", "split", "layer"])
+    column = rows.set_index(["run", "step"])[["value"]].set_axis([quantity], axis=1)
+    if column.index.has_duplicates:
+        msg = f"{quantity} must have one value per run and step. Got several: keep one split and layer first."
+        raise ValueError(msg)
+    return history.join(column, on=["run", "step"])
+
+
 def _to_parquet(frame: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)

@@ -95,10 +95,10 @@ class SupervisedSettings(ImageSettings):
         loss: ``"cross_entropy"`` or ``"half_mse"``.
         augment: ``"none"`` or ``"crop_flip"``.
         num_probe: Training images on which the trace is measured.
-        method: Trace estimator of the low-variance curve, ``"exact"`` or ``"output"``.
+        method: Trace estimator, see ``ntk_trace``.
         num_samples: Its draws.
         epsilon: Standard deviation of the main paper's weight perturbation.
-        num_perturbations: Draws of the main paper's estimator.
+        num_perturbations: Draws of the main paper's estimator where it is measured beside another.
     """
 
     num_train: Annotated[int, Field(ge=0)] = 0
@@ -132,7 +132,7 @@ class SupervisedSettings(ImageSettings):
         for kind, got, known in (
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("schedule", self.schedule, SCHEDULES),
-            ("method", self.method, ("exact", "output")),
+            ("method", self.method, ("exact", "output", "jvp", "perturbation")),
         ):
             if got not in known:
                 raise ValueError(text.unknown(kind, got, known))

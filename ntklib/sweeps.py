@@ -1,13 +1,21 @@
-"""The same function over a list of settings, side by side in processes."""
+"""The same function over a list of settings, side by side in processes; settings that differ in a value and the seed."""
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ntklib import progress
 from ntklib.paths import runs_root
+from ntklib.settings import Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ntklib.runs import RunResult
 
 Result = TypeVar("Result")
+AnySettings = TypeVar("AnySettings", bound=Settings)
+Value = TypeVar("Value", bound=Hashable)
 JOBS = "NTKLIB_JOBS"  # environment variable: processes a chapter may use
 
 
@@ -35,6 +43,33 @@ def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: i
         calls = (delayed(_single_threaded)(function, s, environment) for s in settings)
         results: Any = Parallel(n_jobs=jobs, backend="loky")(calls)
         return list(results)
+
+
+def variants(base: AnySettings, changes: Mapping[Value, Mapping[str, Any]], num_seeds: int) -> dict[Value, list[AnySettings]]:
+    """Return the settings of a sweep: for every value the base with its changes, once per seed 0..num_seeds-1.
+
+    Raises:
+        ValueError: If a change is not a legal setting.
+    """
+    return {value: [base.but(seed=seed, **change) for seed in range(num_seeds)] for value, change in changes.items()}
+
+
+def distinct(*sweeps: Mapping[Any, Sequence[AnySettings]]) -> list[AnySettings]:
+    """All settings of several sweeps, each once, in order: what sweeps share is run once."""
+    return list(dict.fromkeys(s for each in sweeps for settings in each.values() for s in settings))
+
+
+def gather(one: Mapping[Any, Sequence[AnySettings]], results: "Mapping[AnySettings, RunResult]", *columns: str) -> "pd.DataFrame":
+    """Stack the histories of one sweep, with its value as column ``variant``, the named settings, seed and status.
+
+    A run that several sweeps, or values of one, share has rows under each.
+    """
+    import pandas as pd
+
+    from ntklib.runs import combine
+
+    frames = [combine([results[s] for s in settings], "seed", *columns).assign(variant=value) for value, settings in one.items()]
+    return pd.concat(frames, ignore_index=True)
 
 
 def _single_threaded(function: Callable[[Any], Result], settings: Any, environment: dict[str, str]) -> Result:

@@ -107,11 +107,6 @@ def test_the_steps_per_epoch_are_the_batches_of_an_epoch(n, batch_size):
     assert steps_per_epoch(n, batch_size) == len(_batches(n, batch_size, 0, 0))
 
 
-def test_steps_per_epoch_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="at least 1. Got 0 and 4"):
-        steps_per_epoch(0, 4)
-
-
 def turning_kernels(angles):
     """Distances 1 - cos of unit vectors in the plane at these angles."""
     a = np.asarray(angles)

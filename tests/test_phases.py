@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ntklib.phases import rise_and_plateau
+from ntklib.phases import rise_and_plateau, smallest_rank_correlation
 
 
 def test_an_exponential_rise_to_a_plateau_is_measured_exactly():
@@ -40,3 +40,25 @@ def test_bad_curves_are_refused():
         rise_and_plateau([0, 1], [1], [0, 1])
     with pytest.raises(ValueError, match="positive and finite. Got -1"):
         rise_and_plateau([0, 1], [1, -1], [0, 1])
+
+
+def test_curves_that_order_the_times_alike_correlate_fully_and_the_worst_pair_counts():
+    up, steep, down = [1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 10.0, 100.0], [4.0, 3.0, 2.0, 1.0]
+    assert smallest_rank_correlation([up, steep]) == pytest.approx(1.0)
+    assert smallest_rank_correlation([up, steep, down]) == pytest.approx(-1.0)
+    swapped = [1.0, 3.0, 2.0, 4.0]  # 1 - 6 sum d^2 / (n (n^2 - 1)) = 1 - 6 * 2 / 60
+    assert smallest_rank_correlation([up, swapped, steep]) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("curves", "message"),
+    [
+        ([[1.0, 2.0]], "At least two curves of one length are required. Got 1"),
+        ([[1.0, 2.0], [1.0, 2.0, 3.0]], r"Got 2 of lengths \[2, 3\]"),
+        ([[1.0, 2.0], [1.0, 1.0]], "must be finite and not constant. Got one from 1.0 to 1.0"),
+        ([[1.0, math.inf], [1.0, 2.0]], "must be finite and not constant"),
+    ],
+)
+def test_curves_that_cannot_be_ranked_are_refused(curves, message):
+    with pytest.raises(ValueError, match=message):
+        smallest_rank_correlation(curves)

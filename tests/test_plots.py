@@ -86,3 +86,24 @@ def test_joined_legends_list_the_entries_of_all_axes(ax, history):
     plots.seed_curves(twin, history, {"trace": "two"}, first_style=1)
     plots.join_legends(ax, twin)
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["one", "two"]
+
+
+def test_sweep_curves_draw_one_mean_per_value_in_order_and_leave_out_what_was_not_run(ax, history):
+    history["lr"] = history["run"].map({"a": 0.1, "b": 0.1, "c": 1.0})
+    history.loc[(history["run"] == "a") & (history["epoch"] == 2), "value"] = np.inf
+    plots.sweep_curves(ax, history, "trace", "lr", [1.0, 0.1, 0.01], labels=["one", "tenth", "none"])
+    lines = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
+    assert list(lines) == ["one", "tenth"]
+    np.testing.assert_allclose(lines["one"], [0.0, 2.0, 4.0])
+    np.testing.assert_allclose(lines["tenth"], [0.0, 2.0, 6.0])
+    top = [band.get_paths()[0].vertices for band in ax.collections]
+    assert top[0][:, 1].max() == pytest.approx(4.0)  # one run: no band
+    at_1 = top[1][top[1][:, 0] == 1.0][:, 1]
+    assert at_1.max() == pytest.approx(2.0 + np.std([1.0, 3.0], ddof=1) / np.sqrt(2))
+
+
+def test_sweep_curves_keep_the_split_that_is_asked_for(ax, history):
+    history.loc[history["run"] == "b", "split"] = "test"
+    plots.sweep_curves(ax, history.assign(kind="k"), "trace", "kind", ["k"], split="test", ordered=False)
+    (line,) = ax.get_lines()
+    np.testing.assert_allclose(line.get_ydata(), [0.0, 3.0, 6.0])

@@ -17,12 +17,14 @@ from ntklib.training import (
     State,
     accuracy,
     gradient_descent,
+    gradient_flow_time,
     learning_rate,
     loop_by_optimizer,
     loss_by_name,
     one_hot,
     parameter_norm,
     sgd,
+    steps_per_epoch,
 )
 
 LAWS = {"rtol": 1e-12, "atol": 1e-12}  # the same float64 sums in another order
@@ -89,6 +91,33 @@ def test_adam_takes_the_steps_of_its_definition(name, decay, schedule):
     for state, expected in zip(states, by_hand, strict=True):
         for got, wanted in zip(state.model.parameters(), expected, strict=True):
             torch.testing.assert_close(got.detach(), wanted, rtol=1e-11, atol=1e-12)  # a quotient of reordered sums
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 10, 11, 12])
+def test_an_epoch_has_as_many_steps_as_told(n):
+    states = list(sgd(linear(), dataset(12) if n == 12 else shortened(n), lr=0.0, batch_size=4, epochs=3))
+    assert states[-1].step == 3 * steps_per_epoch(n, 4)
+    assert [s.epoch for s in states] == [0, 1, 2, 3]
+
+
+def shortened(n: int) -> Dataset:
+    whole = dataset(12)
+    return Dataset("short", whole.x_train[:n], whole.y_train[:n], whole.x_test, whole.y_test, 3)
+
+
+@pytest.mark.parametrize(("momentum", "schedule"), [(0.0, "constant"), (0.9, "constant"), (0.5, "cosine"), (0.0, "cosine")])
+def test_the_time_of_the_flow_is_the_way_under_a_constant_gradient(momentum, schedule):
+    total, w, velocity, way = 30, 0.0, 0.0, [0.0]
+    for step in range(total):
+        velocity = momentum * velocity + 1.0
+        w += (cosine_by_hand(0.2, step, total) if schedule == "cosine" else 0.2) * velocity
+        way.append(w)
+    assert gradient_flow_time(schedule, 0.2, momentum, total) == pytest.approx(way, rel=1e-12)
+
+
+def test_a_momentum_of_one_has_no_time():
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\). Got 1.0"):
+        gradient_flow_time("constant", 0.1, 1.0, 5)
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest_name():

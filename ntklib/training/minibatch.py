@@ -115,6 +115,12 @@ def loop_by_optimizer(name: str) -> Callable[..., Iterator[State]]:
     return OPTIMIZERS[name]
 
 
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Number of batches of ``n`` examples: the last one may be smaller, but one of a single example is left out."""
+    full, rest = divmod(n, batch_size)
+    return max(1, full + (rest > 1))  # batch normalisation needs two examples
+
+
 @dataclass(frozen=True)
 class _Order:
     """What a loop is told to do, whichever the optimizer."""
@@ -188,20 +194,6 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn, x: Tensor
     return loss.detach()
 
 
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Steps per pass over ``n`` examples: the last batch may be smaller, and one of a single example is left out.
-
-    Raises:
-        ValueError: If a number is not positive.
-    """
-    if n < 1 or batch_size < 1:
-        msg = f"n and batch_size must be at least 1. Got {n} and {batch_size}."
-        raise ValueError(msg)
-    count = -(-n // batch_size)
-    last = n - (count - 1) * batch_size
-    return count - (last == 1 and count > 1)
-
-
 def _batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    batches = torch.randperm(n, generator=stream(seed, "batches", epoch)).split(batch_size)
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches  # batch norm needs two examples
+    order = torch.randperm(n, generator=stream(seed, "batches", epoch))
+    return order.split(batch_size)[: steps_per_epoch(n, batch_size)]

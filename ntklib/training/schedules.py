@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from ntklib.text import unknown
 
 SCHEDULES = ("constant", "cosine")
@@ -21,3 +23,29 @@ def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> floa
     if schedule == "constant":
         return lr
     return 0.5 * lr * (1 + math.cos(math.pi * step / total_steps))
+
+
+def gradient_flow_time(schedule: str, lr: float, momentum: float, total_steps: int) -> np.ndarray:
+    r"""Time of the gradient flow that as many steps of SGD with momentum cover, ``[total_steps + 1]``, from 0.
+
+    .. math:: t_s = \sum_{j < s} \eta_j \sum_{i \le j} \mu^{j - i}
+              = \sum_{j < s} \eta_j \, \frac{1 - \mu^{j + 1}}{1 - \mu}
+
+    Under a constant gradient g the parameters have moved by exactly -t_s g after s steps. With a constant rate and many steps it
+    is lr s / (1 - momentum); the first 1/(1 - momentum) steps, in which the velocity builds up, cover less.
+
+    Args:
+        schedule: See ``learning_rate``.
+        lr: Learning rate at step 0.
+        momentum: mu in [0, 1), undamped as in ``sgd``.
+        total_steps: Steps of the whole run.
+
+    Raises:
+        ValueError: If the schedule is unknown or the momentum is not in [0, 1).
+    """
+    if not 0 <= momentum < 1:
+        msg = f"momentum must be in [0, 1). Got {momentum}."
+        raise ValueError(msg)
+    steps = np.arange(total_steps)
+    rates = np.array([learning_rate(schedule, lr, int(s), total_steps) for s in steps])
+    return np.concatenate([[0.0], np.cumsum(rates * (1 - momentum ** (steps + 1)) / (1 - momentum))])
