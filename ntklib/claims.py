@@ -163,7 +163,7 @@ def number(measured: Measured) -> str:
         return f"{measured.value:.3g} (standard error unknown)"
     if abs(measured.value) >= 1e5 or not math.isfinite(measured.sem):
         return f"{measured.value:.3g} ± {measured.sem:.2g}"
-    if measured.sem == 0:
+    if measured.sem <= 1e-12 * abs(measured.value):  # none, or rounding
         return f"{measured.value:.4g}"
     digits = max(0, 1 - math.floor(math.log10(measured.sem)))
     return f"{measured.value:.{digits}f} ± {measured.sem:.{digits}f}"

@@ -64,17 +64,20 @@ def rise_and_plateau(
 def smallest_rank_correlation(curves: Sequence[Sequence[float]]) -> float:
     """Smallest Spearman rank correlation between any two curves sampled at the same times: 1 when all order the times alike.
 
+    A constant curve has no order: the result is nan.
+
     Raises:
-        ValueError: If there are fewer than two curves, their lengths differ, or a curve is constant or not finite.
+        ValueError: If there are fewer than two curves, their lengths differ, or a value is not finite.
     """
     lengths = {len(c) for c in curves}
     if len(curves) < 2 or len(lengths) != 1:
         msg = f"At least two curves of one length are required. Got {len(curves)} of lengths {sorted(lengths)}."
         raise ValueError(msg)
-    for curve in curves:
-        if not np.isfinite(curve).all() or len(set(curve)) == 1:
-            msg = f"A curve must be finite and not constant. Got one from {min(curve)} to {max(curve)}."
-            raise ValueError(msg)
+    if not all(np.isfinite(c).all() for c in curves):
+        msg = "Curves must be finite. Got one that is not: leave diverged runs out."
+        raise ValueError(msg)
+    if any(len(set(c)) == 1 for c in curves):
+        return math.nan
     return min(float(pd.Series(a).corr(pd.Series(b), method="spearman")) for a, b in combinations(map(list, curves), 2))
 
 

@@ -29,12 +29,14 @@ NUMERIC = (
     "infinite.py",
     "kernels",
     "linearized.py",
+    "margin.py",
     "models",
     "operator.py",
     "random.py",
     "similarity.py",
     "sketch.py",
     "spectra.py",
+    "svm.py",
     "training",
 )
 PACKAGES = ("ntklib", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "mlxtend", "pandas")

@@ -158,6 +158,36 @@ class FullBatchSettings(ImageSettings):
     steps: Positive
 
 
+class MarginSettings(ImageSettings):
+    """One binary classifier, trained by ``normalized_descent``.
+
+    Attributes:
+        classes: The two classes, as labels of the dataset.
+        num_train: Class-balanced training subset of the two.
+        width: Hidden units per layer of the MLP.
+        depth: Weight layers L, the degree of homogeneity of a network without biases.
+        activation: ``"relu"`` or ``"identity"`` (both homogeneous).
+        bias: Whether layers have biases, which break homogeneity.
+        lr: Fall of the logarithm of the loss per step.
+        steps: Gradient steps.
+    """
+
+    classes: tuple[int, int]
+    num_train: Annotated[int, Field(ge=4)]
+    width: Positive
+    depth: Annotated[int, Field(ge=2)] = 2
+    activation: str = "relu"
+    bias: bool = False
+    lr: Annotated[float, Field(gt=0)]
+    steps: Positive
+
+    @model_validator(mode="after")
+    def _check_activation(self) -> Self:
+        if self.activation not in ("relu", "identity"):
+            raise ValueError(text.unknown("activation", self.activation, ("relu", "identity")))
+        return self
+
+
 def resolve_device(device: str) -> str:
     """Return a device that is there: ``"auto"`` is CUDA when torch sees a card and the CPU otherwise.
 

@@ -29,11 +29,13 @@ NUMERIC = (
         for part in ("blocks", "contract", "empirical", "evaluate", "jacobian", "loops", "operations", "plan", "streaming", "uses")
     ),
     "linearized",
+    "margin",
     "models",
     "operator",
     "similarity",
     "sketch",
     "spectra",
+    "svm",
     "training",
 )
 _hook = install_import_hook([f"ntklib.{name}" for name in NUMERIC], "beartype.beartype")

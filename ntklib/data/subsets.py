@@ -1,7 +1,7 @@
 """Seeded class-balanced subsets."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ntklib.random import stream
@@ -40,3 +40,19 @@ def probe_set(x: Tensor, y: Int[Tensor, " n"], num: int, seed: int = 0) -> tuple
     """
     index = balanced_indices(y, num, stream(seed, "probe")).to(x.device)
     return x[index], y[index]
+
+
+def two_classes(
+    x: Tensor, y: Int[Tensor, " n"], classes: tuple[int, int], num: int, seed: int = 0
+) -> tuple[Tensor, Float[Tensor, " num"]]:
+    """Return a class-balanced sample of two classes in float64: inputs, ``[num, *input]``, and labels +1 (first class) and -1.
+
+    Raises:
+        ValueError: If the two classes are one, or have fewer than ``num`` examples together.
+    """
+    if classes[0] == classes[1]:
+        msg = f"The two classes must differ. Got {classes[0]} and {classes[1]}."
+        raise ValueError(msg)
+    both = ((y == classes[0]) | (y == classes[1])).nonzero().squeeze(1)
+    index = both[balanced_indices(y[both], num, stream(seed, "two_classes")).to(y.device)]
+    return x[index].double(), torch.where(y[index] == classes[0], 1.0, -1.0).double()
