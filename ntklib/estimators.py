@@ -167,13 +167,13 @@ class _Problem:
 Drawn = tuple[Tensor, float]  # draws [num_samples], cost
 
 
-def _per_draw(q: _Problem, measure: Callable[[Params], Tensor]) -> Tensor:
-    """Apply ``measure`` to standard normal directions, as many at a time as fit: ``measure(direction) -> scalar``."""
-    p = sum(w.numel() for w in q.params.values())
-    size = max(1, min(q.num_samples, DRAW_BUDGET // (8 * p)))
+def per_draw(params: Params, num_samples: int, generator: torch.Generator, measure: Callable[[Params], Tensor]) -> Tensor:
+    """Apply ``measure`` to standard normal directions, as many at a time as fit; ``[draws, ...]`` of what it returns for one."""
+    p = sum(w.numel() for w in params.values())
+    size = max(1, min(num_samples, DRAW_BUDGET // (8 * p)))
     draws: list[Tensor] = []
-    for start in range(0, q.num_samples, size):
-        directions = random_direction(q.params, min(size, q.num_samples - start), q.generator)
+    for start in range(0, num_samples, size):
+        directions = random_direction(params, min(size, num_samples - start), generator)
         if size == 1:  # a large net: convolutions with one set of weights are faster unbatched
             draws.append(measure({k: d[0] for k, d in directions.items()})[None])
         else:
@@ -189,7 +189,7 @@ def _perturbation(q: _Problem) -> Drawn:
         moved = q.f({k: w + epsilon * direction[k] for k, w in q.params.items()})
         return (moved - base).square().sum() / epsilon**2
 
-    return _per_draw(q, measure), 1.0 + q.num_samples
+    return per_draw(q.params, q.num_samples, q.generator, measure), 1.0 + q.num_samples
 
 
 def _jvp(q: _Problem) -> Drawn:
@@ -197,7 +197,9 @@ def _jvp(q: _Problem) -> Drawn:
         parts = [directional_derivative(q.program.f, q.params, part, direction) for part in q.parts]
         return torch.cat(parts).square().sum()
 
-    return _per_draw(q, measure), 3.0 * q.num_samples  # outputs, and two products per layer for their derivative
+    return per_draw(
+        q.params, q.num_samples, q.generator, measure
+    ), 3.0 * q.num_samples  # outputs, and two products per layer for their derivative
 
 
 def _output(q: _Problem) -> Drawn:

@@ -67,7 +67,9 @@ def _call(model: nn.Module, tensors: Params, x: Tensor, output: str | None) -> T
     return out
 
 
-def functional_model(model: nn.Module, *, output: str | None = None, params: Iterable[str] | None = None) -> tuple[Model, Params]:
+def functional_model(
+    model: nn.Module, *, output: str | None = None, params: Iterable[str] | None = None, independent: bool = True
+) -> tuple[Model, Params]:
     r"""Return the pure function f(params, x) of a module and its current trainable parameters.
 
     Trainable means ``requires_grad``; frozen parameters and buffers are constants of the function. Tied weights appear once.
@@ -77,6 +79,7 @@ def functional_model(model: nn.Module, *, output: str | None = None, params: Ite
         model: A module whose rows do not interact (see ``check_rows_independent``), ``[n, *input] -> [n, c]``.
         output: Name of an inner module whose output, flattened to ``[n, c]``, is f (its first call in a forward pass).
         params: Names of the trainable parameters to differentiate; the others are constants. Default: all.
+        independent: Require that rows do not interact.
 
     Returns:
         ``f`` and ``params``, a dict from parameter name to a detached view of the parameter.
@@ -86,7 +89,8 @@ def functional_model(model: nn.Module, *, output: str | None = None, params: Ite
             is not ``[n, c]``.
     """
     model = unwrap(model)
-    check_rows_independent(model)
+    if independent:
+        check_rows_independent(model)
     trainable = {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}
     if not trainable:
         msg = "The model must have at least one trainable parameter. Got none with requires_grad=True."

@@ -32,6 +32,7 @@ NUMERIC = (
     "margin.py",
     "models",
     "operator.py",
+    "perturbation.py",
     "random.py",
     "similarity.py",
     "sketch.py",

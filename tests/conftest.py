@@ -32,6 +32,7 @@ NUMERIC = (
     "margin",
     "models",
     "operator",
+    "perturbation",
     "similarity",
     "sketch",
     "spectra",

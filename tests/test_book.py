@@ -229,17 +229,24 @@ def test_the_download_button_gives_the_executed_notebook(built_book):
         assert nbformat.read(Path(file), 4).metadata["ntklib"]["chapter"] == chapter
 
 
-def record_of(built_book):
-    """What the trace chapter measured at smoke, and a reader of its stored histories by key."""
+def record_of(built_book, chapter):
+    """What a chapter measured at smoke, and a reader of values in its stored histories by key."""
     runs = built_book.parent.parent / "runs"
-    record = json.loads((runs / "results" / "smoke" / "trace_evolution.json").read_text())
-    store = runs / "store" / "trace_evolution"
-    return record, lambda key: pd.read_parquet(next((store / key).glob("history-*.parquet")))
+    record = json.loads((runs / "results" / "smoke" / f"{chapter}.json").read_text())
+    store = runs / "store" / chapter
+
+    def values(key, quantity, **where):
+        rows = pd.read_parquet(next((store / key).glob("history-*.parquet")))
+        for column, wanted in {"quantity": quantity, **where}.items():
+            rows = rows[rows[column] == wanted]
+        return rows["value"].to_numpy()
+
+    return record, values
 
 
 def test_identities_hold_in_the_chapters_at_any_preset(built_book):
     """They are computed on small nets that no preset changes, so a wrong formula in a chapter shows here."""
-    record, _ = record_of(built_book)
+    record, _ = record_of(built_book, "trace_estimators")
     listed = claims.load_claims()
     identities = [i for i in record["claims"] if listed[i].kind == "identity"]
     assert {"A1", "A1v"} <= set(identities)
@@ -249,18 +256,31 @@ def test_identities_hold_in_the_chapters_at_any_preset(built_book):
         assert judgement.parts == [claims.HOLDS] * len(measured), (i, measured)
 
 
-def test_statistics_of_the_chapter_follow_from_the_stored_histories(built_book):
-    record, history = record_of(built_book)
-
-    def values(key, quantity, **where):
-        rows = history(key)
-        for column, wanted in {"quantity": quantity, **where}.items():
-            rows = rows[rows[column] == wanted]
-        return rows["value"].to_numpy()
-
-    found = {i: entry["measured"][0]["value"] for i, entry in record["claims"].items()}
+def test_the_trap_of_running_statistics_follows_from_the_stored_histories(built_book):
+    record, values = record_of(built_book, "trace_evolution")
     keys = record["claims"]["N1"]["runs"]
     logs = [math.log10(values(k, "trace_running", epoch=1.0)[0] / values(k, "trace", epoch=1.0)[0]) for k in keys]
-    assert found["N1"] == pytest.approx(sum(logs) / len(logs), rel=1e-12)
-    ratios = [values(k, "ratio", layer="0.01")[0] for k in record["claims"]["A1e"]["runs"]]
-    assert found["A1e"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-12)
+    assert record["claims"]["N1"]["measured"][0]["value"] == pytest.approx(sum(logs) / len(logs), rel=1e-12)
+
+
+def test_the_error_of_the_estimator_follows_from_the_stored_histories(built_book):
+    record, values = record_of(built_book, "trace_estimators")
+    keys = record["claims"]["A1e"]["runs"]
+    ratios = {mode: [values(k, "ratio", layer="0.01", split=mode)[0] for k in keys] for mode in ("eval", "train")}
+    found = {i: [m["value"] for m in record["claims"][i]["measured"]] for i in ("A1e", "N11")}
+    assert found["A1e"] == pytest.approx([sum(ratios["eval"]) / len(keys)], rel=1e-12)
+    logs = [sum(map(math.log10, ratios[mode])) / len(keys) for mode in ("eval", "train")]
+    assert found["N11"] == pytest.approx(logs, rel=1e-12)
+
+
+def test_the_worst_accepted_estimate_is_among_the_stored_ones_that_pass_the_rule(built_book):
+    record, values = record_of(built_book, "trace_estimators")
+    errors = []
+    for key in record["claims"]["N12"]["runs"]:
+        for epoch in (0.0, 1.0):
+            noise = sum(1 / rms for rms in values(key, "rms", epoch=epoch))
+            for epsilon in ("0.1", "0.03", "0.01"):
+                rows = [values(key, "ratio", epoch=epoch, layer=epsilon, split=mode) for mode in ("eval", "train")]
+                errors += [abs(v - 1) for row in rows for v in row if float(epsilon) * noise <= 0.25]
+    found = record["claims"]["N12"]["measured"][1]["value"]
+    assert found == pytest.approx(max(errors), rel=1e-12) if errors else math.isnan(found)

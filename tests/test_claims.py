@@ -19,9 +19,9 @@ IDS = [
 
 @pytest.fixture
 def chapter(monkeypatch, tmp_path):
-    """The trace chapter at its default preset, writing into a folder of its own."""
+    """A chapter at its default preset, writing into a folder of its own."""
     monkeypatch.setenv("NTKLIB_RUNS", str(tmp_path))
-    return Chapter("trace_evolution", chapters.preset_parameters("trace_evolution", "default"))
+    return Chapter("trace_estimators", chapters.preset_parameters("trace_estimators", "default"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_worst_criterion_decides_and_too_few_seeds_are_inconclusive(chapter)
 
 
 def test_another_preset_is_not_judged(chapter):
-    chapter.parameters["lr"] = 0.05
+    chapter.parameters["momentum"] = 0.5
     judgement = Verdicts(chapter).judge("A1v", [Measured(1.0, 0.01)])
     assert chapter.preset == "custom"
     assert judgement.verdict == OTHER_PRESET
@@ -112,14 +112,14 @@ def test_wrong_use_of_judge_is_explained(chapter):
 def test_the_ledger_reads_saved_verdicts_and_exports_json(chapter):
     verdicts = Verdicts(chapter)
     verdicts.judge("A1v", [Measured(1.02, 0.02)])
-    verdicts.judge("A2", [Measured(0.5, 0.1), Measured(math.nan, math.nan)], seeds=6)
+    verdicts.judge("N11", [Measured(0.1, 0.05), Measured(math.nan, math.nan)], seeds=6)
     verdicts.save()
     done = CliRunner().invoke(cli, ["claims", "--json"])
     entries = {e["id"]: e for e in json.loads(done.stdout)}
     assert done.exit_code == 0
     assert (entries["A1v"]["verdict"], entries["A1v"]["value"]) == (HOLDS, 1.02)
-    assert (entries["A2"]["verdict"], entries["A2"]["quantity"][:16]) == (FAILS, "rank correlation")
-    assert entries["A2"]["criteria"][1]["value"] is None
+    assert (entries["N11"]["verdict"], entries["N11"]["quantity"][-16:]) == (FAILS, "fixed statistics")
+    assert entries["N11"]["criteria"][1]["value"] is None
     assert (entries["B1"]["verdict"], entries["B1"]["value"]) == (NOT_JUDGED, None)
     keys = "id source statement kind chapter preset quantity value sem seeds threshold verdict run hardware"
     assert all(set(keys.split()) <= e.keys() for e in entries.values())
@@ -140,6 +140,6 @@ def test_a_damaged_result_file_is_set_aside_and_not_judged(chapter):
     verdicts.judge("A1v", [Measured(1.0, 0.01)])
     path = verdicts.save()
     path.write_text(path.read_text().replace("1.0", "1.1"))
-    with pytest.warns(storage.DamagedFileWarning, match=r"trace_evolution\.json is damaged"):
+    with pytest.warns(storage.DamagedFileWarning, match=r"trace_estimators\.json is damaged"):
         entries = {e["id"]: e for e in claims.ledger()}
     assert entries["A1v"]["verdict"] == NOT_JUDGED
