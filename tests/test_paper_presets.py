@@ -12,8 +12,8 @@ pytestmark = pytest.mark.slow
 SHORT = {  # what has to be cut for a processor; all else is the paper preset's
     "trace_evolution": {"num_seeds": 1, "epochs": 1, "other_datasets": [], "num_control_seeds": 1, "num_perturbations": 1},
     "trace_sweeps": {
-        "num_seeds": 1, "num_rate_seeds": 1, "epochs": 1, "learning_rates": [0.001], "momenta": [0.9], "depths": ["resnet18", "resnet50"],
-        "inits": ["kaiming", "standard"], "optimizers": ["adamw"], "architectures": ["cnn"],
+        "num_seeds": 1, "num_rate_seeds": 1, "epochs": 1, "learning_rates": [0.001], "momenta": [0.9],
+        "inits": ["kaiming", "standard"], "depths": ["resnet18", "resnet50"], "optimizers": ["adamw"], "architectures": ["cnn"],
     },
 }  # fmt: skip
 FEW = {"num_train": 20, "num_test": 10, "num_probe": 2, "num_samples": 1}
