@@ -47,8 +47,10 @@ _HOMES = {
     "ntklib.settings": ["FullBatchSettings", "MarginSettings", "SupervisedSettings"],
     "ntklib.similarity": [
         "centered_kernel_alignment",
+        "distances_to_earlier",
         "kernel_alignment",
         "kernel_angle",
+        "kernel_change",
         "kernel_distance",
         "kernel_target_alignment",
         "kernel_velocity",
@@ -73,6 +75,7 @@ _HOMES = {
         "normalized_descent",
         "parameter_norm",
         "sgd",
+        "steps_per_epoch",
     ],
 }
 _MODULES = ("data", "models", "plots")

@@ -1,4 +1,4 @@
-"""When a curve rises and when it has come to rest."""
+"""When a curve rises, when it has come to rest, and windows in which one quantity rests while another moves."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,9 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
+
+from ntklib.text import unknown
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,7 @@ def rise_and_plateau(
     if not len(t) == len(v) == len(a) > 1:
         msg = f"epoch, value and accuracy must have the same length, at least 2. Got {len(t)}, {len(v)} and {len(a)}."
         raise ValueError(msg)
-    if not (np.isfinite(v) & (v > 0)).all():
-        msg = f"value must be positive and finite. Got {v[~(np.isfinite(v) & (v > 0))][0]}."
-        raise ValueError(msg)
+    _log(v)
     star = int(np.argmax(a >= a.max() - slack))
     before, after = slice(0, star + 1), slice(star, None)
     spearman = float(pd.Series(t[before]).corr(pd.Series(v[before]), method="spearman")) if star >= 2 else math.nan
@@ -78,3 +79,154 @@ def smallest_rank_correlation(curves: Sequence[Sequence[float]]) -> float:
     if any(len(set(c)) == 1 for c in curves):
         return math.nan
     return min(float(pd.Series(a).corr(pd.Series(b), method="spearman")) for a, b in combinations(map(list, curves), 2))
+
+
+def settling_time(epoch: Sequence[float], value: Sequence[float], *, tolerance: float = 0.1, measure: str = "log") -> float:
+    """Return the first time from which on a positive quantity stays within ``tolerance`` of its final value.
+
+    Args:
+        epoch: Ascending times.
+        value: Positive quantity at these times.
+        tolerance: Largest deviation, exclusive: of the logarithm, or as a fraction of the range (largest minus smallest value).
+        measure: ``"log"`` or ``"range"``.
+
+    Raises:
+        ValueError: If lengths differ, a value is not positive and finite, or the measure is unknown.
+    """
+    t, v = np.asarray(epoch, dtype=float), np.asarray(value, dtype=float)
+    if not len(t) == len(v) >= 1:
+        msg = f"epoch and value must have the same length, at least 1. Got {len(t)} and {len(v)}."
+        raise ValueError(msg)
+    if measure not in ("log", "range"):
+        raise ValueError(unknown("measure", measure, ("log", "range")))
+    log = _log(v)
+    away = np.abs(log - log[-1]) if measure == "log" else np.abs(v - v[-1]) / (np.ptp(v) or 1.0)
+    outside = np.flatnonzero(away >= tolerance)
+    return float(t[outside[-1] + 1]) if len(outside) else float(t[0])
+
+
+@dataclass(frozen=True)
+class SignTest:
+    """A paired comparison by sign.
+
+    Attributes:
+        smaller: Pairs whose first number is the smaller one.
+        larger: Pairs whose first number is the larger one.
+        ties: Pairs of equal numbers, which the test leaves out.
+    """
+
+    smaller: int
+    larger: int
+    ties: int
+
+    @property
+    def p_value(self) -> float:
+        """One-sided p-value of "the first is not smaller", by the binomial distribution over untied pairs; 1 when all are tied."""
+        decided = self.smaller + self.larger
+        return float(binomtest(self.smaller, decided, 0.5, alternative="greater").pvalue) if decided else 1.0
+
+
+def sign_test(first: Sequence[float], second: Sequence[float]) -> SignTest:
+    """Compare paired numbers by sign; small p-values say that the first ones are smaller.
+
+    Raises:
+        ValueError: If lengths differ.
+    """
+    if len(first) != len(second):
+        msg = f"Pairs are needed, so both must have the same length. Got {len(first)} and {len(second)}."
+        raise ValueError(msg)
+    signs = [(a > b) - (a < b) for a, b in zip(first, second, strict=True)]
+    return SignTest(signs.count(-1), signs.count(1), signs.count(0))
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of training, and the largest value of what was looked for in it.
+
+    Attributes:
+        start: First time.
+        end: Last time; equal to ``start`` when no longer stretch meets the condition.
+        value: What was maximised; 0 for a stretch of one time.
+    """
+
+    start: float
+    end: float
+    value: float
+
+
+def complementary_windows(
+    epoch: Sequence[float],
+    trace: Sequence[float],
+    distance: np.ndarray,
+    *,
+    max_distance: float = 0.01,
+    max_log_trace: float = 0.05,
+) -> tuple[Window, Window]:
+    """Find where the direction of a kernel is frozen while its trace moves, and where it is the other way round.
+
+    A window is a run of successive times. In the first kind all pairwise distances within it are below ``max_distance``, and the
+    value is |log trace(end) - log trace(start)|. In the second kind the largest and the smallest log trace within it differ by less
+    than ``max_log_trace``, and the value is the distance of the kernels at start and end. Of each kind the window of largest value
+    is returned, the earliest one of equals.
+
+    Args:
+        epoch: Ascending times.
+        trace: Positive trace at these times.
+        distance: Pairwise kernel distances S, symmetric, ``[len(epoch), len(epoch)]``.
+        max_distance: Bound below which the direction counts as frozen.
+        max_log_trace: Bound below which the trace counts as at rest.
+
+    Returns:
+        The window with frozen direction and the window with resting trace.
+
+    Raises:
+        ValueError: If shapes do not fit, or a trace is not positive and finite.
+    """
+    t, v, s = (np.asarray(a, dtype=float) for a in (epoch, trace, distance))
+    if not (len(t) == len(v) >= 1 and s.shape == (len(t), len(t))):
+        msg = f"distance must be square, with one row per epoch and trace. Got {len(t)} epochs, {len(v)} traces, {s.shape}."
+        raise ValueError(msg)
+    log = _log(v)
+    frozen = turning = Window(float(t[0]), float(t[0]), 0.0)
+    for i in range(len(t)):
+        for j in range(i + 1, len(t)):
+            part = slice(i, j + 1)
+            moved, turned = abs(float(log[j] - log[i])), float(s[i, j])
+            if s[part, part].max() < max_distance and moved > frozen.value:
+                frozen = Window(float(t[i]), float(t[j]), moved)
+            if np.ptp(log[part]) < max_log_trace and turned > turning.value:
+                turning = Window(float(t[i]), float(t[j]), turned)
+    return frozen, turning
+
+
+def _log(value: np.ndarray) -> np.ndarray:
+    """Logarithm of positive, finite values."""
+    good = np.isfinite(value) & (value > 0)
+    if not good.all():
+        msg = f"value must be positive and finite. Got {value[~good][0]}."
+        raise ValueError(msg)
+    return np.log(value)
+
+
+def pairwise_distances(history: pd.DataFrame, split: str, steps: Sequence[int]) -> np.ndarray:
+    """Return the symmetric matrix of logged kernel distances of one run between the given steps, 0 on the diagonal.
+
+    Args:
+        history: Tidy frame of one run, with rows of the quantity ``distance`` whose ``layer`` is the earlier step as text.
+        split: Which rows.
+        steps: Steps, in the order of rows and columns.
+
+    Raises:
+        ValueError: If a pair was not logged.
+    """
+    rows = pd.DataFrame(history[(history["quantity"] == "distance") & (history["split"] == split)])
+    found = {(int(a), int(b)): float(v) for a, b, v in zip(rows["layer"], rows["step"], rows["value"], strict=True)}
+    matrix = np.zeros((len(steps), len(steps)))
+    for i, a in enumerate(steps):
+        for j, b in enumerate(steps[:i]):
+            pair = (min(a, b), max(a, b))
+            if pair not in found:
+                msg = f"The distance of every two steps must have been logged. Got none for steps {pair[0]} and {pair[1]}."
+                raise ValueError(msg)
+            matrix[i, j] = matrix[j, i] = found[pair]
+    return matrix

@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vPX*"
@@ -147,4 +148,42 @@ def mark_diverged(ax: Axes, history: pd.DataFrame, *, x: str = "epoch") -> Axes:
         ax.axvline(position, color="black", linestyle=":", linewidth=1)
         label = "diverged" if n == 0 else None
         ax.plot([position], [0.5], marker="x", color="black", linestyle="none", transform=ax.get_xaxis_transform(), label=label)
+    return ax
+
+
+def distance_map(ax: Axes, time: Sequence[float], distance: np.ndarray, label: str, **options: Any) -> Axes:
+    """Show pairwise distances ``[m, m]`` between ``m`` measured times as a heat map, one square per pair, with ticks at times."""
+    image = ax.imshow(np.asarray(distance), origin="lower", interpolation="nearest", **options)
+    shown = range(0, len(time), max(1, len(time) // 7))
+    labels = [f"{time[i]:g}" for i in shown]
+    ax.set_xticks(list(shown), labels)
+    ax.set_yticks(list(shown), labels)
+    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
+    return ax
+
+
+def network_diagram(ax: Axes, parts: Sequence[Any], marks: Mapping[str, str]) -> Axes:
+    """Draw the parts of a network as a row of boxes from the input on, with arrows at the marked outputs.
+
+    Args:
+        ax: Axes to draw on; its frame is taken away.
+        parts: Objects with ``name``, ``shape`` (of the output for one example) and ``parameters`` (their number), in order.
+        marks: Part name -> words at the arrow that leaves its output.
+    """
+    size = 9 - max(0, len(parts) - 7) * 0.6
+    for i, part in enumerate(parts):
+        marked = part.name in marks
+        color = PALETTE[list(marks).index(part.name) % len(PALETTE)] if marked else (0.5, 0.5, 0.5)
+        ax.add_patch(FancyBboxPatch((i, 0), 0.7, 0.55, "round,pad=0.04", facecolor=(*color, 0.2), edgecolor=color))
+        words = f"{part.name}\n{'×'.join(map(str, part.shape))}\n{part.parameters:,}"
+        ax.text(i + 0.35, 0.275, words, ha="center", va="center", fontsize=size, linespacing=1.5)
+        ax.annotate("", (i - 0.04, 0.275), (i - 0.26, 0.275), arrowprops={"arrowstyle": "->", "color": "black"})
+        if marked:
+            ax.annotate(
+                marks[part.name], (i + 0.35, 0.6), (i + 0.35, 0.95), ha="center", color=color,
+                arrowprops={"arrowstyle": "<-", "color": color},
+            )  # fmt: skip
+    ax.text(-0.3, 0.275, "image", ha="right", va="center", fontsize=size)
+    ax.set(xlim=(-0.8, len(parts)), ylim=(-0.1, 1.1))
+    ax.axis("off")
     return ax

@@ -22,6 +22,7 @@ from ntklib.paths import runs_root
 from ntklib.training.state import State
 
 FORMAT = 1
+MEMORY = "memory."  # prefix in a checkpoint
 COLUMNS = {
     "run": "string", "step": "int64", "epoch": "float64", "split": "string", "layer": "string", "quantity": "string",
     "value": "float64", "sem": "float64",
@@ -65,6 +66,10 @@ class Run:
     with their checksums and is replaced last, atomically. After a kill the run goes on from the last manifest, and its history
     equals that of an uninterrupted run bit for bit (same machine and number of threads).
 
+    Attributes:
+        memory: Tensors by name that later measurements of the same run need, for example kernels to compare with. They are saved
+            with each checkpoint, so that a resumed run still has them, and dropped when the run ends.
+
     Args:
         chapter: Name of the chapter.
         settings: A mapping or a pydantic model; every value that the numbers depend on.
@@ -89,6 +94,7 @@ class Run:
         self.key = storage.sha256(storage.canonical(identity))[:16]
         self.folder = (root or runs_root()) / "store" / chapter / self.key
         self.status = "running"
+        self.memory: dict[str, Tensor] = {}
         self._save_every = save_every
         self._rows: list[dict[str, Any]] = []
         self._sessions: list[dict[str, Any]] = []
@@ -201,7 +207,8 @@ class Run:
         }  # fmt: skip
         files = {"history": self._write("history", ".parquet", _to_parquet(self.history))}
         if state is not None:
-            tensors = {k: v.detach().cpu().contiguous() for k, v in state.tensors().items()}
+            kept = {} if self.finished else {f"{MEMORY}{k}": v for k, v in self.memory.items()}
+            tensors = {k: v.detach().cpu().contiguous() for k, v in (state.tensors() | kept).items()}
             files["checkpoint"] = {**self._write("checkpoint", ".safetensors", save_tensors(tensors)), "step": state.step}
         manifest = {"chapter": self.chapter, "key": self.key, "settings": self.settings, "numerics": self.numerics}
         manifest |= {"status": self.status, "sessions": self._sessions, "files": files}
@@ -220,6 +227,7 @@ class Run:
 
     def _load(self) -> None:
         self._rows, self._sessions, self._checkpoint, self.status = [], [], None, "running"
+        self.memory = {}
         manifest = storage.read_json(self.folder / "run.json")
         if manifest is None:
             return
@@ -231,7 +239,9 @@ class Run:
             checkpoint = storage.read_checked(self.folder / files["checkpoint"]["name"], files["checkpoint"]["sha256"])
             if checkpoint is None:
                 return
-            self._checkpoint = (files["checkpoint"]["step"], load_tensors(checkpoint))
+            tensors = load_tensors(checkpoint)
+            self.memory = {k.removeprefix(MEMORY): tensors.pop(k) for k in sorted(tensors) if k.startswith(MEMORY)}
+            self._checkpoint = (files["checkpoint"]["step"], tensors)
         self.status, self._sessions = manifest["status"], manifest["sessions"]
         self._rows = pd.read_parquet(io.BytesIO(history)).to_dict("records")
 

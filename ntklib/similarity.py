@@ -1,7 +1,8 @@
 """How alike two kernels are, regardless of scale, and how well a kernel's directions fit the targets."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -49,7 +50,8 @@ def kernel_velocity(k1: Tensor, k2: Tensor, dt: float) -> float:
 
     The papers divide the distance itself, v = S/dt (the main paper's section 4). Along a smooth path S = (angle)^2 / 2 to leading
     order, so S/dt vanishes with dt and says as much about the choice of dt as about the kernel; the angle over dt has a limit, the
-    speed on the unit sphere of kernels. ``kernel_distance(k1, k2) / dt`` is the papers' number. Changes of scale do not count.
+    speed on the unit sphere of kernels. ``kernel_distance(k1, k2) / dt`` is the papers' number. Changes of scale do not count. The
+    path of a network with ReLU is not smooth: its kernel jumps when a unit switches, and S is then of order dt on average.
 
     Args:
         k1: Kernel at time t, any shape.
@@ -63,6 +65,77 @@ def kernel_velocity(k1: Tensor, k2: Tensor, dt: float) -> float:
         msg = f"dt must be positive and finite. Got {dt}."
         raise ValueError(msg)
     return kernel_angle(k1, k2) / dt
+
+
+@dataclass(frozen=True)
+class KernelChange:
+    r"""The squared distance of two kernels and its two parts, one of scale and one of direction.
+
+    .. math:: \lVert K_1 - K_2 \rVert_F^2
+        = (\lVert K_1 \rVert_F - \lVert K_2 \rVert_F)^2 + 2\, S\, \lVert K_1 \rVert_F \lVert K_2 \rVert_F
+
+    Attributes:
+        total: The left side, summed entry by entry.
+        scale: The first term on the right.
+        direction: The second term.
+    """
+
+    total: float
+    scale: float
+    direction: float
+
+    @property
+    def error(self) -> float:
+        """Relative difference of the two sides: rounding; 0 for equal kernels."""
+        return abs(self.total - self.scale - self.direction) / self.total if self.total else self.scale + self.direction
+
+    @property
+    def scale_share(self) -> float:
+        """Part of the change that is one of scale, in [0, 1]; nan for equal kernels."""
+        both = self.scale + self.direction
+        return self.scale / both if both else math.nan
+
+
+@torch.no_grad()
+def kernel_change(k1: Tensor, k2: Tensor) -> KernelChange:
+    """Split the squared Frobenius distance of two kernels into scale and direction, see ``KernelChange``.
+
+    Expand the square, and put <K_1, K_2> = (1 - S) ||K_1|| ||K_2||. Computed in float64; the three numbers are found separately.
+
+    Args:
+        k1: First kernel, any shape.
+        k2: Second kernel, the same shape.
+
+    Raises:
+        ValueError: As in ``kernel_distance``.
+    """
+    distance, n1, n2 = kernel_distance(k1, k2), _norm(k1), _norm(k2)
+    total = sum(float((a - b).square().sum()) for a, b in _pairs(k1, k2))
+    return KernelChange(total, (n1 - n2) ** 2, 2 * distance * n1 * n2)
+
+
+def distances_to_earlier(memory: MutableMapping[str, Tensor], name: str, step: int, kernel: Tensor) -> dict[int, float]:
+    """Return the distance S of a kernel to each one remembered under ``name``, by step, and remember it too.
+
+    With ``Run.memory`` this gives all pairwise distances along a run, also of a run that was interrupted.
+
+    Args:
+        memory: Kernels by ``"<name>.<step>"``, on the CPU; extended by this one.
+        name: Which of several kernels of the same run, without a dot.
+        step: Step at which the kernel was measured; one that is remembered already is replaced, not compared.
+        kernel: The kernel, of the shape of the remembered ones.
+
+    Raises:
+        ValueError: If the name has a dot, or as in ``kernel_distance``.
+    """
+    if "." in name:
+        msg = f"name must have no dot, which separates it from the step. Got {name!r}."
+        raise ValueError(msg)
+    kernel = kernel.detach().cpu()
+    earlier = {int(key.split(".")[1]): k for key, k in memory.items() if key.split(".")[0] == name}
+    found = {s: kernel_distance(k, kernel) for s, k in sorted(earlier.items()) if s != step}
+    memory[f"{name}.{step}"] = kernel
+    return found
 
 
 @torch.no_grad()

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ntklib.models.between import between
 from ntklib.models.initialization import SCHEMES, initialize
 from ntklib.models.mlp import ACTIVATIONS, MLP
+from ntklib.models.outline import Part, inner_outputs, outline, part_of
 from ntklib.models.resnet import LAYERS, ResNet
 from ntklib.models.vgg import STAGES, VGG
 from ntklib.models.vit import ViT
@@ -16,8 +18,8 @@ from ntklib.random import stream
 from ntklib.text import unknown
 
 __all__ = [
-    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "ResNet", "ViT", "build", "calibrate_batch_norm",
-    "check_name", "initialize", "recalibrated",
+    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "Part", "ResNet", "ViT", "between", "build",
+    "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated",
 ]  # fmt: skip
 
 NAMES = ("mlp", *STAGES, *LAYERS, "vit")
