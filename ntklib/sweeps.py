@@ -30,6 +30,8 @@ def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: i
         settings: One entry per run.
         jobs: Processes. Default: ``NTKLIB_JOBS`` or the number of cores.
     """
+    if not settings:
+        return []
     from joblib import Parallel, delayed
 
     on_gpu = any(str(getattr(s, "device", "cpu")).startswith("cuda") for s in settings)

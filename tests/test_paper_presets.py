@@ -1,6 +1,7 @@
 """The sources' own settings run: their first epoch, cell by cell, on a few images in the format of the real dataset."""
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from test_data import FOLDERS, write
@@ -10,13 +11,20 @@ from ntklib import chapters
 pytestmark = pytest.mark.slow
 
 SHORT = {  # what has to be cut for a processor; all else is the paper preset's
+    "trace_estimators": {
+        "num_seeds": 1, "networks": ["resnet18"], "widths": [64], "lrs": [0.1], "epochs": 1, "epsilons": [0.01, 0.001],
+        "repeats": 2, "num_perturbations": 2, "reference_probe": 2, "reference_perturbations": 2,
+    },
     "trace_evolution": {"num_seeds": 1, "epochs": 1, "other_datasets": [], "num_control_seeds": 1, "num_perturbations": 1},
     "trace_sweeps": {
         "num_seeds": 1, "num_rate_seeds": 1, "epochs": 1, "learning_rates": [0.001], "momenta": [0.9],
         "inits": ["kaiming", "standard"], "depths": ["resnet18", "resnet50"], "optimizers": ["adamw"], "architectures": ["cnn"],
     },
+    "kernel_distance": {"num_seeds": 1, "num_control": 1, "epochs": 1, "velocity_epochs": []},
+    "layerwise": {"num_seeds": 1, "epochs": 1, "num_perturbations": 1},
 }  # fmt: skip
 FEW = {"num_train": 20, "num_test": 10, "num_probe": 2, "num_samples": 1}
+VERBATIM = {"dataset": "cifar10", "momentum": 0.9, "weight_decay": 0.0005, "batch_size": 128, "epochs": 200, "schedule": "cosine"}
 
 
 @pytest.mark.parametrize("chapter", SHORT)
@@ -28,13 +36,15 @@ def test_the_first_epoch_of_the_paper_preset_runs_on_images_in_the_real_format(c
     monkeypatch.chdir(chapters.notebooks_folder())
     write("cifar10", tmp_path, monkeypatch)
     paper = chapters.complete_preset(chapter, "paper")
-    assert paper["dataset"] == "cifar10"
-    assert paper["width"] == 64
+    assert {k: paper[k] for k in VERBATIM} == VERBATIM
+    assert paper.get("width", 64) == 64
+    assert paper.get("lr", 0.1) == 0.1
     changed = {k: v for k, v in (FEW | SHORT[chapter]).items() if k in paper}
     namespace = {"__name__": "__main__"}
     for cell in nbformat.read(chapters.notebook_path(chapter), 4).cells:
         if cell.cell_type == "code":
             exec(compile(cell.source, chapter, "exec"), namespace)
+            plt.close("all")
             if "parameters" in cell.metadata.get("tags", []):
                 namespace.update(paper | changed)
     folder = tmp_path / "runs" / "store" / chapter

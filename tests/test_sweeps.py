@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from ntklib import SupervisedSettings, distinct, gather, variants, with_quantity
+from ntklib import SupervisedSettings, distinct, gather, sweep, variants, with_quantity
 from ntklib.runs import RunResult
 
 BASE = SupervisedSettings(dataset="digits", model="mlp", width=4, lr=0.1, batch_size=8, epochs=1, num_probe=2, seed=5)
@@ -49,3 +49,7 @@ def test_a_quantity_becomes_the_abscissa_of_the_others_of_its_run_and_step():
     doubled = pd.concat([frame, frame.assign(split="test")]).drop(columns="time")
     with pytest.raises(ValueError, match="time must have one value per run and step"):
         with_quantity(doubled, "time")
+
+
+def test_a_sweep_over_nothing_is_nothing():
+    assert sweep(result, distinct(variants(BASE, {}, 3))) == []
