@@ -28,9 +28,12 @@ NUMERIC = (
         f"kernels.{part}"
         for part in ("blocks", "contract", "empirical", "evaluate", "jacobian", "loops", "operations", "plan", "streaming", "uses")
     ),
+    "linear_curvature",
+    "linear_networks",
     "linearized",
     "models",
     "operator",
+    "period_doubling",
     "similarity",
     "sketch",
     "spectra",
