@@ -14,6 +14,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 from scipy.integrate import solve_ivp
 
+from ntklib.curvature import sharpness
 from ntklib.linear_curvature import aligned_hessian_eigenvalues, check_target
 from ntklib.models.mlp import MLP
 from ntklib.period_doubling import mode_sharpness
@@ -145,6 +146,13 @@ def factorization_network(weights: Float64[ndarray, "L d d"]) -> MLP:
         for w, values in zip(net.parameters(), weights, strict=True):
             w.copy_(torch.from_numpy(np.ascontiguousarray(values)))
     return net.eval()
+
+
+def one_mode_sharpness(layers: Float64[ndarray, " L"], s: float) -> float:
+    """Largest eigenvalue of the automatic Hessian of a network of one unit per layer with the target s."""
+    net = factorization_network(layers.reshape(-1, 1, 1))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return float(sharpness(net, lambda f, y: 0.5 * (f - y).square().sum(), (one, s * one))[0])
 
 
 def balancing_gap(layers: Float64[ndarray, "L *batch"], i: int, j: int) -> Float64[ndarray, "*batch"]:

@@ -79,7 +79,8 @@ def test_divergence_is_nan_and_touches_no_other_learning_rate():
     assert np.isnan(values[:, 1]).all()
     assert np.isnan(sharp[:, 1]).all()
     np.testing.assert_allclose(values[:, 0], np.tile(S, (4, 1)), rtol=1e-10)
-    np.testing.assert_allclose(sharp[:, 0], mode_sharpness(3.0, 3), rtol=1e-8)
+    np.testing.assert_allclose(sharp[:, 0], mode_sharpness(3.0, 3), rtol=1e-3)
+    assert (sharp[:, 0] > mode_sharpness(3.0, 3)).all()  # the gap of the start is left, so the minimum is a little sharper
 
 
 def test_last_keeps_the_last_points_in_order():
@@ -217,6 +218,11 @@ def test_diagonal_network_descends_its_loss_and_knows_its_sharpness():
     np.testing.assert_allclose(np.concatenate([u1, v1]), (theta - 0.1 * gradient).detach().numpy(), rtol=1e-12)
     expected = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta.detach()))[-1]
     assert linear.diagonal_sharpness(u, v, x, y) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_one_mode_sharpness_is_the_sum_of_inverse_squares():
+    layers = np.array([0.5, 2.0, 3.0])
+    assert linear.one_mode_sharpness(layers, 3.0) == pytest.approx(9 * (4 + 1 / 4 + 1 / 9), rel=1e-10)
 
 
 def test_sharpness_of_the_network_is_the_largest_aligned_eigenvalue():
