@@ -28,7 +28,7 @@ _HOMES = {
     "ntklib.period_doubling": ["doublings", "mode_sharpness", "two_period_orbit"],
     "ntklib.reference": ["load_reference"],
     "ntklib.runs": ["Run", "RunResult", "combine"],
-    "ntklib.settings": ["FactorizationSettings", "FullBatchSettings", "SupervisedSettings", "TaskSettings"],
+    "ntklib.settings": ["FactorizationSettings", "FullBatchSettings", "SupervisedSettings", "TaskSettings", "TwoLayerSettings"],
     "ntklib.similarity": [
         "centered_kernel_alignment",
         "kernel_alignment",

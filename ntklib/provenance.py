@@ -39,6 +39,7 @@ NUMERIC = (
     "sketch.py",
     "spectra.py",
     "training",
+    "two_layer.py",
 )
 PACKAGES = ("ntklib", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "mlxtend", "pandas")
 

@@ -194,6 +194,46 @@ class FactorizationSettings(Settings):
         return self
 
 
+class TwoLayerSettings(Settings):
+    """Gradient descent of a two-layer linear network on inputs with a dominant direction, from a small random start.
+
+    Attributes:
+        num_inputs: Examples n, at least 2.
+        dim: Input dimension d, at least n.
+        top: Singular value of the dominant direction; the others are 1.
+        share: Cosine between the targets and the dominant direction.
+        width: Hidden units.
+        init_scale: Norm of the readout and of the hidden weights at the start.
+        lr_low: Smallest learning rate, in units of 2 over the least sharpness of all minima.
+        lr_high: Largest learning rate in the same unit.
+        num_lr: Learning rates, evenly spaced.
+        steps: Gradient steps.
+        seed: Seed of inputs and start.
+    """
+
+    num_inputs: Annotated[int, Field(ge=2)]
+    dim: Positive
+    top: Annotated[float, Field(gt=0)]
+    share: Annotated[float, Field(ge=0, le=1)]
+    width: Positive
+    init_scale: Annotated[float, Field(gt=0)]
+    lr_low: Annotated[float, Field(gt=0)]
+    lr_high: Annotated[float, Field(gt=0)]
+    num_lr: Annotated[int, Field(ge=2)]
+    steps: Positive
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.dim < self.num_inputs:
+            msg = f"dim must be at least num_inputs = {self.num_inputs}, so that all targets can be fitted. Got {self.dim}."
+            raise ValueError(msg)
+        if self.lr_low >= self.lr_high:
+            msg = f"lr_low must be below lr_high = {self.lr_high:g}. Got {self.lr_low:g}."
+            raise ValueError(msg)
+        return self
+
+
 class TaskSettings(ImageSettings):
     """Full-batch gradient descent on a part of a dataset's classes, at an absolute learning rate.
 

@@ -38,6 +38,7 @@ NUMERIC = (
     "sketch",
     "spectra",
     "training",
+    "two_layer",
 )
 _hook = install_import_hook([f"ntklib.{name}" for name in NUMERIC], "beartype.beartype")
 
