@@ -200,7 +200,7 @@ class TwoLayerSettings(Settings):
     Attributes:
         num_inputs: Examples n, at least 2.
         dim: Input dimension d, at least n.
-        top: Singular value of the dominant direction; the others are 1.
+        top: Singular value of the dominant direction; the others are uniform in [0.5, 1.5].
         share: Cosine between the targets and the dominant direction.
         width: Hidden units.
         init_scale: Norm of the readout and of the hidden weights at the start.

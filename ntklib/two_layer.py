@@ -19,14 +19,14 @@ Targets = Float64[ndarray, " n"]
 
 
 def dominant_inputs(n: int, d: int, top: float, share: float, seed: int = 0) -> tuple[Inputs, Targets]:
-    r"""Inputs with singular values ``top``, 1, ..., 1 and targets of norm sqrt(n), of which ``share`` lies along the first.
+    """Inputs with one dominant singular value, the others uniform in [0.5, 1.5], and targets of norm sqrt(n).
 
     Args:
         n: Examples, at most d.
         d: Input dimension.
         top: Singular value of the dominant direction.
         share: Cosine between the targets and the dominant left singular vector, in [0, 1].
-        seed: Directions are drawn from it.
+        seed: Directions and the other singular values are drawn from it.
 
     Raises:
         ValueError: If n is not in 2..d or the share is not in [0, 1].
@@ -39,7 +39,7 @@ def dominant_inputs(n: int, d: int, top: float, share: float, seed: int = 0) -> 
     right = np.linalg.qr(draw.standard_normal((d, n)))[0]
     rest = left[:, 1:] @ draw.standard_normal(n - 1)
     y = share * left[:, 0] + np.sqrt(1 - share**2) * rest / np.linalg.norm(rest)
-    return left * np.r_[top, np.ones(n - 1)] @ right.T, np.sqrt(n) * y
+    return left * np.r_[top, draw.uniform(0.5, 1.5, n - 1)] @ right.T, np.sqrt(n) * y
 
 
 def two_layer_network(q: float, w: Float64[ndarray, " d"], width: int = 4, seed: int = 0) -> MLP:
