@@ -124,6 +124,18 @@ def test_every_doubling_has_a_closed_orbit_of_multiplier_minus_one(depth):
     assert abs(ratios[3] - 4.669201609) < abs(ratios[1] - 4.669201609)
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_newton_takes_the_derivatives_of_the_iterated_map(depth):
+    rho, lr = sympy.symbols("rho eta")
+    x = rho
+    for _ in range(2):
+        x = x + lr * (2 - x**depth) * x ** (depth - 1)
+    at = {rho: sympy.Rational(11, 10), lr: sympy.Rational(1, 5)}
+    expected = [x, sympy.diff(x, rho), sympy.diff(x, lr), sympy.diff(x, rho, 2), sympy.diff(x, rho, lr)]
+    found = doubling._iterate(1.1, 0.2, 2.0, depth, 2)
+    assert list(found) == pytest.approx([float(e.subs(at)) for e in expected], rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
