@@ -180,7 +180,7 @@ def test_each_chapter_shows_its_figures_and_outputs_and_no_error(built_book, cha
 def test_each_chapter_shows_the_parameters_of_the_run(built_book, chapter):
     shown = article(built_book, f"executed/{chapter}").get_text()
     for name, value in chapters.preset_parameters(chapter, PRESET).items():
-        assert re.search(rf"^{name} = {re.escape(repr(value))}\b|^{name} = \"{value}\"", shown, re.MULTILINE), name
+        assert re.search(rf"^{name} = {re.escape(repr(value))}(?![\w.])|^{name} = \"{value}\"", shown, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("claim", claims.load_claims())
