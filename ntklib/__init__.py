@@ -20,6 +20,8 @@ _HOMES = {
     "ntklib.functional": ["functional_model"],
     "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"],
     "ntklib.infinite": ["infinite_nngp", "infinite_ntk"],
+    "ntklib.linear_curvature": ["aligned_hessian_eigenvalues", "minimum_curvature", "transverse_multiplier"],
+    "ntklib.linear_networks": ["aligned_descent", "balancing_gap", "factorization_network", "matrix_descent"],
     "ntklib.linearized": ["constant_kernel_flow", "kernel_regression", "linearize"],
     "ntklib.margin": [
         "TangentMargin",
@@ -42,9 +44,17 @@ _HOMES = {
         "trace_by_layer",
     ],
     "ntklib.models": ["calibrate_batch_norm"],
+    "ntklib.period_doubling": ["doublings", "mode_sharpness", "two_period_orbit"],
     "ntklib.reference": ["load_reference"],
     "ntklib.runs": ["Run", "RunResult", "combine", "with_quantity"],
-    "ntklib.settings": ["FullBatchSettings", "MarginSettings", "SupervisedSettings"],
+    "ntklib.settings": [
+        "FactorizationSettings",
+        "FullBatchSettings",
+        "MarginSettings",
+        "SupervisedSettings",
+        "TaskSettings",
+        "TwoLayerSettings",
+    ],
     "ntklib.similarity": [
         "centered_kernel_alignment",
         "distances_to_earlier",

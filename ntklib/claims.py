@@ -36,6 +36,10 @@ class Measured:
     value: float
     sem: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("value", "sem"):  # a count may come as an integer of NumPy, which JSON does not know
+            object.__setattr__(self, name, float(getattr(self, name)))
+
 
 def over_seeds(values: Iterable[float]) -> Measured:
     """Mean and standard error over seeds (standard deviation with n - 1, over the square root of n)."""

@@ -28,17 +28,21 @@ NUMERIC = (
     "functional.py",
     "infinite.py",
     "kernels",
+    "linear_curvature.py",
+    "linear_networks.py",
     "linearized.py",
     "margin.py",
     "models",
     "operator.py",
     "perturbation.py",
+    "period_doubling.py",
     "random.py",
     "similarity.py",
     "sketch.py",
     "spectra.py",
     "svm.py",
     "training",
+    "two_layer.py",
 )
 PACKAGES = ("ntklib", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "mlxtend", "pandas")
 

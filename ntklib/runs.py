@@ -168,14 +168,18 @@ class Run:
                 self._save(state)
 
     def once(self) -> Iterator[State]:
-        """Yield one empty state, unless the run is complete: for measurements without training."""
+        """Yield one empty state, unless the run is complete: for measurements without training.
+
+        Arrays that are no rows of a history can be registered as buffers of the state's model; ``load_tensors_of`` returns them.
+        """
         if self.finished:
             return
         self._begin_session()
         progress.report(self.label, 0, 1)
-        yield State(0, 0.0, torch.nn.Identity(), math.nan, 0.0)
+        state = State(0, 0.0, torch.nn.Identity(), math.nan, 0.0)
+        yield state
         self.status = "complete"
-        self._save(None)
+        self._save(state if state.tensors() else None)
         progress.report(self.label, 1, 1)
 
     def log(self, state: State, *, split: str = "", layer: str = "", **quantities: Any) -> None:

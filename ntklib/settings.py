@@ -188,6 +188,103 @@ class MarginSettings(ImageSettings):
         return self
 
 
+class FactorizationSettings(Settings):
+    """Gradient descent on a deep matrix factorization, over a grid of learning rates.
+
+    Attributes:
+        depth: Layers L, 2 to 8.
+        targets: Singular values of the target, positive.
+        dim: Width of the square layers, at least 2; singular values that are not given are zero.
+        init_scale: Product of the layers below the last at the start; the last layer is zero.
+        lr_low: Smallest learning rate, in units of the edge 2/S_1 of the largest singular value.
+        lr_high: Largest learning rate in the same unit.
+        num_lr: Learning rates, evenly spaced.
+        steps: Gradient steps.
+        keep: Last steps that are kept.
+    """
+
+    depth: Annotated[int, Field(ge=2, le=8)]
+    targets: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    dim: Annotated[int, Field(ge=2)]
+    init_scale: Annotated[float, Field(gt=0)]
+    lr_low: Annotated[float, Field(gt=0)]
+    lr_high: Annotated[float, Field(gt=0)]
+    num_lr: Annotated[int, Field(ge=2)]
+    steps: Positive
+    keep: Annotated[int, Field(ge=2)]
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        if self.lr_low >= self.lr_high:
+            msg = f"lr_low must be below lr_high = {self.lr_high:g}. Got {self.lr_low:g}."
+            raise ValueError(msg)
+        if len(self.targets) > self.dim:
+            msg = f"dim must be at least {len(self.targets)}, the number of singular values in targets. Got {self.dim}."
+            raise ValueError(msg)
+        if self.keep > self.steps:
+            msg = f"keep must be at most steps = {self.steps}. Got {self.keep}."
+            raise ValueError(msg)
+        return self
+
+
+class TwoLayerSettings(Settings):
+    """Gradient descent of a two-layer linear network on inputs with a dominant direction, from a small random start.
+
+    Attributes:
+        num_inputs: Examples n, at least 2.
+        dim: Input dimension d, at least n.
+        top: Singular value of the dominant direction; the others are uniform in [0.5, 1.5].
+        share: Cosine between the targets and the dominant direction.
+        width: Hidden units.
+        init_scale: Norm of the readout and of the hidden weights at the start.
+        lr_low: Smallest learning rate, in units of 2 over the least sharpness of all minima.
+        lr_high: Largest learning rate in the same unit.
+        num_lr: Learning rates, evenly spaced.
+        steps: Gradient steps.
+        seed: Seed of inputs and start.
+    """
+
+    num_inputs: Annotated[int, Field(ge=2)]
+    dim: Positive
+    top: Annotated[float, Field(gt=0)]
+    share: Annotated[float, Field(ge=0, le=1)]
+    width: Positive
+    init_scale: Annotated[float, Field(gt=0)]
+    lr_low: Annotated[float, Field(gt=0)]
+    lr_high: Annotated[float, Field(gt=0)]
+    num_lr: Annotated[int, Field(ge=2)]
+    steps: Positive
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.dim < self.num_inputs:
+            msg = f"dim must be at least num_inputs = {self.num_inputs}, so that all targets can be fitted. Got {self.dim}."
+            raise ValueError(msg)
+        if self.lr_low >= self.lr_high:
+            msg = f"lr_low must be below lr_high = {self.lr_high:g}. Got {self.lr_low:g}."
+            raise ValueError(msg)
+        return self
+
+
+class TaskSettings(ImageSettings):
+    """Full-batch gradient descent on a part of a dataset's classes, at an absolute learning rate.
+
+    Attributes:
+        num_classes: The first classes of the dataset that are kept, at least 2.
+        num_train: Training examples, class-balanced.
+        width: Hidden units per layer of the MLP.
+        lr: Learning rate.
+        steps: Gradient steps.
+    """
+
+    num_classes: Annotated[int, Field(ge=2)]
+    num_train: Positive
+    width: Positive
+    lr: Annotated[float, Field(gt=0)]
+    steps: Positive
+
+
 def resolve_device(device: str) -> str:
     """Return a device that is there: ``"auto"`` is CUDA when torch sees a card and the CPU otherwise.
 

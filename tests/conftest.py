@@ -28,16 +28,20 @@ NUMERIC = (
         f"kernels.{part}"
         for part in ("blocks", "contract", "empirical", "evaluate", "jacobian", "loops", "operations", "plan", "streaming", "uses")
     ),
+    "linear_curvature",
+    "linear_networks",
     "linearized",
     "margin",
     "models",
     "operator",
     "perturbation",
+    "period_doubling",
     "similarity",
     "sketch",
     "spectra",
     "svm",
     "training",
+    "two_layer",
 )
 _hook = install_import_hook([f"ntklib.{name}" for name in NUMERIC], "beartype.beartype")
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import nbformat
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -48,6 +49,12 @@ def test_over_seeds_is_the_mean_with_its_standard_error():
     assert measured.value == 3.0
     assert measured.sem == pytest.approx(math.sqrt(((4 + 1 + 0 + 9) / 3) / 4), rel=1e-15)
     assert math.isnan(over_seeds([1.0]).sem)
+
+
+def test_a_count_of_numpy_is_saved_as_a_number(chapter):
+    verdicts = Verdicts(chapter)
+    verdicts.judge("A1v", [Measured(np.int64(1))])
+    assert storage.read_json(verdicts.save())["claims"]["A1v"]["measured"] == [{"value": 1.0, "sem": 0.0}]
 
 
 def test_a_number_shows_two_digits_of_its_error():

@@ -209,6 +209,16 @@ def test_a_measurement_without_training_is_kept_too(tmp_path):
         assert result.history[["value", "sem"]].to_numpy().tolist() == [[1.5, 0.1]]
 
 
+def test_arrays_of_a_measurement_are_kept_as_buffers(tmp_path):
+    values = torch.tensor([[1.0, float("nan")], [2.0, 3.0]], dtype=torch.float64)
+    for _ in range(2):
+        with Run("test", {"seed": 1}, root=tmp_path) as run:
+            for state in run.once():
+                state.model.register_buffer("values", values)
+    kept = load_tensors_of(run.result, root=tmp_path)["model.values"]
+    torch.testing.assert_close(kept, values, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_full_disk_is_said_with_the_path(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
