@@ -73,9 +73,10 @@ def finish(notebook: Any, specification: dict[str, Any]) -> None:
 
 
 def fill(text: str, parameters: dict[str, Any]) -> str:
-    """Replace ``{name}`` by the value of the parameter ``name``; other braces are left alone."""
+    """Replace ``{name}`` by the value of the parameter ``name``, a list by its items; other braces are left alone."""
+    word = lambda value: f"{value:g}" if isinstance(value, float) else str(value)  # noqa: E731
     for name, value in parameters.items():
-        text = text.replace(f"{{{name}}}", f"{value:g}" if isinstance(value, float) else str(value))
+        text = text.replace(f"{{{name}}}", ", ".join(map(word, value)) if isinstance(value, list) else word(value))
     return text
 
 

@@ -1,6 +1,7 @@
 """The same function over a list of settings, side by side in processes; settings that differ in a value and the seed."""
 
 import os
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,7 +44,9 @@ def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: i
             return [_single_threaded(function, s, {}) for s in settings]
         environment = {progress.FILE: os.environ[progress.FILE]}
         calls = (delayed(_single_threaded)(function, s, environment) for s in settings)
-        results: Any = Parallel(n_jobs=jobs, backend="loky")(calls)
+        with warnings.catch_warnings():  # loky replaces a worker whose memory has grown, and starts its job anew
+            warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
+            results: Any = Parallel(n_jobs=jobs, backend="loky")(calls)
         return list(results)
 
 

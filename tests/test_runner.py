@@ -81,6 +81,7 @@ def test_an_edited_parameters_cell_counts_at_the_default_preset(monkeypatch):
 
 
 def test_captions_are_filled_with_parameters_and_other_braces_stay():
+    assert fill("lr {lrs} on {sets}", {"lrs": [0.1, 1.0], "sets": ["digits"]}) == "lr 0.1, 1 on digits"
     assert fill(r"{n} seeds, lr {lr}, $\frac{1}{2}$ {cite}`x`", {"n": 3, "lr": 0.1}) == r"3 seeds, lr 0.1, $\frac{1}{2}$ {cite}`x`"
 
 
