@@ -42,8 +42,10 @@ class Measured:
 
 
 def over_seeds(values: Iterable[float]) -> Measured:
-    """Mean and standard error over seeds (standard deviation with n - 1, over the square root of n)."""
+    """Mean and standard error over seeds (standard deviation with n - 1, over the square root of n); nan over none."""
     numbers = [float(v) for v in values]
+    if not numbers:
+        return Measured(math.nan, math.nan)
     mean = math.fsum(numbers) / len(numbers)
     if len(numbers) < 2:
         return Measured(mean, math.nan)

@@ -49,6 +49,7 @@ def test_over_seeds_is_the_mean_with_its_standard_error():
     assert measured.value == 3.0
     assert measured.sem == pytest.approx(math.sqrt(((4 + 1 + 0 + 9) / 3) / 4), rel=1e-15)
     assert math.isnan(over_seeds([1.0]).sem)
+    assert math.isnan(over_seeds([]).value)
 
 
 def test_a_count_of_numpy_is_saved_as_a_number(chapter):
