@@ -119,10 +119,12 @@ def test_the_search_finds_a_term(driver, site):
         "the search button opened no field",
     )
     field.send_keys("eigenvalue", Keys.ENTER)
-    found = wait_for(driver, lambda: driver.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a"), "no result")
+    results = "#search-results ul.search li a"
+    wait_for(driver, lambda: driver.find_elements(By.CSS_SELECTOR, results), "no result")
     assert "search.html?q=eigenvalue" in driver.current_url
     wait_for(driver, lambda: "finished" in driver.find_element(By.CSS_SELECTOR, ".search-summary").text, "the search did not end")
-    assert any("executed/quickstart.html" in a.get_attribute("href") for a in found)
+    found = [a.get_attribute("href") for a in driver.find_elements(By.CSS_SELECTOR, results)]
+    assert any("executed/quickstart.html" in address for address in found)
     screenshot(driver, "search-light-wide", WIDE)
     assert not console_errors(driver)
     assert not outside_requests(driver)
