@@ -138,3 +138,17 @@ def test_a_distance_map_has_the_times_as_ticks():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "0.5", "1", "2"]
     assert ax.images[0].get_array()[3, 0] == 12
     plt.close("all")
+
+
+def test_the_share_of_a_sign_test_adds_two_pairs_of_either_kind():
+    share, sem = sign_test([1, 1, 1, 1, 1, 2], [2, 2, 2, 2, 1, 1]).share  # 4 smaller, 1 larger, 1 tie
+    assert share == pytest.approx(6 / 9, rel=1e-15)
+    assert sem == pytest.approx(math.sqrt((6 / 9) * (3 / 9) / 9), rel=1e-15)
+    assert sign_test([1, 1], [1, 1]).share[0] == 0.5
+
+
+@pytest.mark.parametrize(("smaller", "larger"), [(5, 0), (6, 0), (5, 1), (4, 1), (7, 1), (3, 3), (0, 5), (9, 3)])
+def test_the_share_is_two_errors_above_one_half_when_the_test_is_significant(smaller, larger):
+    found = sign_test([0] * smaller + [1] * larger, [1] * smaller + [0] * larger)
+    share, sem = found.share
+    assert (share - 2 * sem >= 0.5 - 1e-12) == (found.p_value <= 0.05)  # 7 of 8: exactly one half
