@@ -26,7 +26,19 @@ NUMERIC = (
     "infinite",
     *(
         f"kernels.{part}"
-        for part in ("blocks", "contract", "empirical", "evaluate", "jacobian", "loops", "operations", "plan", "streaming", "uses")
+        for part in (
+            "blocks",
+            "contract",
+            "empirical",
+            "evaluate",
+            "jacobian",
+            "known",
+            "loops",
+            "operations",
+            "plan",
+            "streaming",
+            "uses",
+        )
     ),
     "linear_curvature",
     "linear_networks",

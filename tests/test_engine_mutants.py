@@ -11,10 +11,18 @@ from reference import reduce_by_definition, trace_by_definition
 from test_engine_rules import assert_kernels, blocks_by_definition, layer_of
 
 from ntklib.estimators import ntk_trace
-from ntklib.kernels import contract, evaluate, jacobian, ntk_by_layer, ntk_diagonal, operations, streaming, uses
+from ntklib.kernels import contract, evaluate, jacobian, known, ntk_by_layer, ntk_diagonal, operations, streaming, uses
 from ntklib.kernels.operations import Outer, Rows
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(autouse=True)
+def nothing_known():
+    """What was found out with the right rules says nothing about the wrong ones, and the other way round."""
+    known.forget()
+    yield
+    known.forget()
 
 
 def outcome(name: str) -> str:

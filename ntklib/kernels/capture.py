@@ -111,8 +111,9 @@ class Survey:
 class Watch(TorchFunctionMode):
     """Replaces operations on ``wanted`` parameters by ``_Lifted`` ones and takes notes."""
 
-    def __init__(self, wanted: dict[int, str], every: Tensor, root: Tensor, visit: Visit) -> None:
+    def __init__(self, wanted: dict[int, str], every: Tensor, root: Tensor, visit: Visit, *, measure: bool = True) -> None:
         super().__init__()
+        self.measure = measure
         self.wanted, self.every, self.root, self.visit = wanted, every, root, visit
         self.views: dict[int, tuple[Tensor, Tensor]] = {}  # id of W.T -> (W.T, W)
         self.notes = Survey()
@@ -122,8 +123,9 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         touched = [t for t in _tensors((args, kwargs)) if id(t) in self.wanted or id(t) in self.views]
         out = self._dispatch(func, args, kwargs, touched) if touched else func(*args, **kwargs)
-        for t in _tensors(out):
-            self._measure(t)
+        if self.measure:
+            for t in _tensors(out):
+                self._measure(t)
         return out
 
     def _measure(self, t: Tensor) -> None:

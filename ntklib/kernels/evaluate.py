@@ -1,7 +1,7 @@
 """From a request to kernels: check it, choose a program and a plan, go through the tiles."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,7 @@ from ntklib.checks import check_inputs, check_model, check_pair
 from ntklib.functional import Model, Params, functional_model, unwrap
 from ntklib.kernels.blocks import Scratch
 from ntklib.kernels.contract import ACCUMULATORS, Accumulator, Norms
+from ntklib.kernels.known import fingerprint
 from ntklib.kernels.operations import Emission
 from ntklib.kernels.plan import Plan, Tile, directions, make_plan, tiles
 from ntklib.kernels.streaming import Program, general_program, settings, structured_program
@@ -58,7 +59,8 @@ def prepared(request: Request) -> Iterator[tuple[Program, Tensor, Tensor | None]
         f, chosen = functional_model(request.model, output=request.output, params=params)
         x1 = _usable(request.x1)
         check_model(f, chosen, x1)
-        yield choose_program(f, chosen, x1, request.method), x1, None if request.x2 is None else _usable(request.x2)
+        key = fingerprint(request.model, request.output, chosen, x1)
+        yield choose_program(f, chosen, x1, request.method, key), x1, None if request.x2 is None else _usable(request.x2)
 
 
 def evaluate(request: Request) -> dict[str, Tensor]:
@@ -106,12 +108,12 @@ def _adder(sums: Accumulator) -> Callable[[Emission], None]:
     return lambda emission: sums.add(emission[1])
 
 
-def choose_program(f: Model, params: Params, x: Tensor, method: str) -> Program:
+def choose_program(f: Model, params: Params, x: Tensor, method: str, key: Hashable | None = None) -> Program:
     """The program that streams layers, or the general one if asked for or if the model allows no other."""
     if method == "jacobian":
         return general_program(f, params, x)
     try:
-        return structured_program(f, params, x)
+        return structured_program(f, params, x, key)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

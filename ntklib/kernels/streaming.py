@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,11 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntklib.functional import Model, Params
+from ntklib.kernels import known
 from ntklib.kernels.capture import CaptureError, Survey, Use, Visit, Watch, lift
 from ntklib.kernels.contract import Norms
 from ntklib.kernels.jacobian import jacobian
+from ntklib.kernels.known import Structure
 from ntklib.kernels.operations import Emission, Outer, Rows
 
 TOLERANCE = 1e4  # of the check against autograd, in units of the dtype's rounding error
@@ -67,18 +69,25 @@ class Structured(Program):
     Attributes:
         leaves: Names of parameters without structure: only their per-example gradients are written out.
         uses: The operations met in the forward pass.
+        key: Fingerprint under which the structure was found again; None if it was found out in this call.
     """
 
     leaves: frozenset[str]
     uses: tuple[Use, ...]
+    key: Hashable | None = None
 
     def stream(self, x: Tensor, v: Tensor, visit: Visit) -> None:
         with torch.enable_grad():
-            out, root, notes = watched(self.f, self.params, self.leaves, x, visit)
-        if tuple(notes.uses) != self.uses or notes.unruled:
+            tracked = _tracked(self.params, self.leaves)
+            out, root, notes = watched(self.f, tracked, self.leaves, x, visit, measure=False)
+        if tuple(notes.uses) == self.uses and not notes.unruled and not _unwatched(out, tracked):
+            pull_back(out, root, v)
+        elif self.key is not None:  # the fingerprint has missed something
+            known.forget(self.key)
+            structured_program(self.f, self.params, x).stream(x, v, visit)
+        else:
             msg = "The model's forward pass differs from call to call."
             raise CaptureError(msg)
-        pull_back(out, root, v)
 
 
 @contextmanager
@@ -112,7 +121,9 @@ def _precision(value: str) -> Iterator[None]:
             place.fp32_precision = old
 
 
-def watched(f: Model, params: Params, leaves: frozenset[str], x: Tensor, visit: Visit) -> tuple[Tensor, Tensor, Survey]:
+def watched(
+    f: Model, params: Params, leaves: frozenset[str], x: Tensor, visit: Visit, *, measure: bool = True
+) -> tuple[Tensor, Tensor, Survey]:
     """Outputs ``[n, c]``, the root that every watched operation hangs on, and notes of the forward pass."""
     root = torch.zeros((), dtype=next(iter(params.values())).dtype, device=x.device, requires_grad=True)
     wanted = {id(w): name for name, w in params.items() if name not in leaves}
@@ -120,7 +131,7 @@ def watched(f: Model, params: Params, leaves: frozenset[str], x: Tensor, visit: 
 
     def one_example(x_i: Tensor, every: Tensor) -> Tensor:
         lifted = {name: lift(params[name], name, every, root, visit) for name in params if name in leaves}
-        with Watch(wanted, every, root, visit) as watch:
+        with Watch(wanted, every, root, visit, measure=measure) as watch:
             out = f({**params, **lifted}, x_i[None])[0]
         notes.append(watch.notes)
         return out
@@ -151,16 +162,38 @@ def general_program(f: Model, params: Params, x: Tensor) -> Program:
     return Program(f, params, out.shape[1], out[:0], 2 * p, 2 * p, 0, cost_k, len(params))
 
 
-def structured_program(f: Model, params: Params, x: Tensor) -> Structured:
+def _tracked(params: Params, leaves: frozenset[str]) -> Params:
+    """Parameters that leave a trace in the graph wherever they are used without being watched."""
+    return {name: w if name in leaves else w.detach().requires_grad_() for name, w in params.items()}
+
+
+def structured_program(f: Model, params: Params, x: Tensor, key: Hashable | None = None) -> Structured:
     """Find out how to stream the layers of a model, and check on one example that the gradients are autograd's.
+
+    Args:
+        f: The model as a function f(params, x).
+        params: Parameters whose gradients are wanted.
+        x: Inputs, ``[n, *input]``.
+        key: Fingerprint of the model: what was found out under the same one is not found out again.
 
     Raises:
         CaptureError: If they are not, or the model cannot be run under ``vmap``.
     """
+    structure = known.recall(key)
+    if structure is None:
+        structure = _find_structure(f, params, x)
+        known.remember(key, structure)
+        key = None
+    like = torch.empty(0, structure.c, dtype=structure.dtype, device=x.device)
+    costs = {name: getattr(structure, name) for name in ("size", "size_k", "largest", "cost_k", "emissions")}
+    return Structured(f, params, structure.c, like, **costs, leaves=structure.leaves, uses=structure.uses, key=key)
+
+
+def _find_structure(f: Model, params: Params, x: Tensor) -> Structure:
     leaves: frozenset[str] = frozenset()
     while True:
         emissions: list[Emission] = []
-        tracked = {name: w if name in leaves else w.detach().requires_grad_() for name, w in params.items()}
+        tracked = _tracked(params, leaves)
         out, root, notes = watched(f, tracked, leaves, x[:1], emissions.append)
         counts = Counter(name for _, names in notes.uses for name in names if name is not None)
         wrong = notes.unruled | {name for name, count in counts.items() if count > 1} | _unwatched(out, tracked)
@@ -169,27 +202,23 @@ def structured_program(f: Model, params: Params, x: Tensor) -> Structured:
             pull_back(out, root, v[None, None])
             wrong = _disagreeing(f, params, x[:1], v, emissions)
         if not wrong:
-            return _structured(f, params, leaves, notes, emissions, out.detach()[:0])
+            return _structure(params, leaves, notes, emissions, out.detach()[:0])
         if wrong <= leaves:
             msg = f"The gradients of {sorted(wrong)} are not autograd's."
             raise CaptureError(msg)
         leaves |= wrong
 
 
-def _structured(
-    f: Model, params: Params, leaves: frozenset[str], notes: Survey, emissions: list[Emission], like: Tensor
-) -> Structured:
+def _structure(params: Params, leaves: frozenset[str], notes: Survey, emissions: list[Emission], like: Tensor) -> Structure:
     outer = [factor for _, factor in emissions if isinstance(factor, Outer)]
     shapes = [(*factor.u.shape[1:], factor.g.shape[-1]) for factor in outer]  # t, groups, d, o
     forward = max(1, sum(t * groups * d * o for t, groups, d, o in shapes))
     norms = Norms(1, 1, None, like)
     contraction = sum(groups * min(*norms.costs(1, 1, t, d, o)) if t > 1 else 0 for t, groups, d, o in shapes)
     written = sum(params[name].numel() for name in leaves)
-    return Structured(
-        f,
-        params,
+    return Structure(
         notes.c,
-        like,
+        like.dtype,
         size=notes.activations + max((factor.u.numel() for factor in outer), default=0),
         size_k=4 * notes.widest + 2 * written,
         largest=max((params[name].numel() for names, _ in emissions for name in names), default=0),
