@@ -31,12 +31,13 @@ def cli() -> None:
 @PRESET
 @FORCE
 @PARAMETERS
-def run(chapter: str, preset: str, force: bool, parameters: tuple[tuple[str, str], ...]) -> None:
+@click.option("--share", default="", metavar="K/N", help="Work on the chapter's runs as the K-th of N processes.")
+def run(chapter: str, preset: str, force: bool, parameters: tuple[tuple[str, str], ...], share: str) -> None:
     """Execute one CHAPTER through papermill."""
     from ntklib import runner
 
     overrides = {name: _value(value) for name, value in parameters}
-    task = runner.make_task(chapter, preset, overrides)
+    task = runner.make_task(chapter, preset, overrides, share)
     if runner.run([task], force=force):
         sys.exit(1)
 

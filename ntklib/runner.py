@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ntklib import chapters, progress, provenance, storage
 from ntklib.paths import project_root, runs_root
-from ntklib.sweeps import JOBS
+from ntklib.sweeps import JOBS, SHARE, read_share
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # print as it is
 PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
@@ -34,12 +34,14 @@ class Task:
         preset: Preset the parameters start from, ``"custom"`` once one was changed.
         parameters: All parameters, checked.
         stamp: Hash of all the output depends on; an output with the same stamp is up to date.
+        share: ``"k/n"`` for the k-th of n processes that work on the runs of this chapter; the notebook it leaves is its own.
     """
 
     chapter: str
     preset: str
     parameters: dict[str, Any]
     stamp: str
+    share: str = ""
     process: subprocess.Popen | None = None
     started: float = 0.0
     offset: int = 0
@@ -53,12 +55,17 @@ class Task:
     @property
     def output(self) -> Path:
         """Path of the executed notebook."""
-        return runs_root() / "executed" / self.preset / f"{self.chapter}.ipynb"
+        return runs_root() / ("shares" if self.share else "executed") / self.preset / f"{self.name}.ipynb"
+
+    @property
+    def name(self) -> str:
+        """Name of the chapter, and of the share if it is one."""
+        return f"{self.chapter}.{self.share.replace('/', '-of-')}" if self.share else self.chapter
 
     @property
     def log(self) -> Path:
         """Path of the log."""
-        return runs_root() / "logs" / self.preset / f"{self.chapter}.log"
+        return runs_root() / "logs" / self.preset / f"{self.name}.log"
 
     @property
     def events(self) -> Path:
@@ -74,7 +81,7 @@ class Task:
         return metadata.get("ntklib", {}).get("stamp") == self.stamp
 
 
-def make_task(chapter: str, preset: str = "default", overrides: Mapping[str, Any] | None = None) -> Task:
+def make_task(chapter: str, preset: str = "default", overrides: Mapping[str, Any] | None = None, share: str = "") -> Task:
     """Check chapter, preset and parameters, before anything is started.
 
     The default preset is what the notebook's parameters cell says, so that an edited cell counts (the chapter itself compares its
@@ -83,6 +90,10 @@ def make_task(chapter: str, preset: str = "default", overrides: Mapping[str, Any
     Raises:
         ParameterError: With the nearest name, or an example of the type.
     """
+    try:
+        read_share(share or "1/1")
+    except ValueError as error:
+        raise chapters.ParameterError(str(error)) from error
     path = chapters.notebook_path(chapter)
     values = chapters.default_parameters(chapter)
     named = chapters.preset_parameters(chapter, preset)
@@ -93,7 +104,7 @@ def make_task(chapter: str, preset: str = "default", overrides: Mapping[str, Any
     source = [[c.cell_type, c.source, c.metadata] for c in nbformat.read(path, as_version=4).cells]
     claims = (project_root() / "book" / "claims.yml").read_text(encoding="utf-8")
     parts = [source, values, provenance.code_fingerprint(numeric_only=False), claims, provenance.versions()]
-    return Task(chapter, name, values, storage.sha256(storage.canonical(parts))[:16])
+    return Task(chapter, name, values, storage.sha256(storage.canonical(parts))[:16], share)
 
 
 def run(tasks: Sequence[Task], *, jobs: int = 1, force: bool = False, console: Console | None = None) -> list[Task]:
@@ -128,7 +139,7 @@ def run(tasks: Sequence[Task], *, jobs: int = 1, force: bool = False, console: C
 def _is_done(task: Task, console: Console) -> bool:
     done = task.up_to_date()
     if done:
-        console.print(f"{task.chapter}: up to date ({_short(task.output)})", **PLAIN)
+        console.print(f"{task.name}: up to date ({_short(task.output)})", **PLAIN)
     return done
 
 
@@ -149,7 +160,7 @@ def _start(task: Task, threads: int) -> Task:
     task.events.unlink(missing_ok=True)
     environment = os.environ | {
         progress.FILE: str(task.events), "OMP_NUM_THREADS": str(threads), JOBS: os.environ.get(JOBS, str(os.cpu_count() or 1)),
-        "PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **({SHARE: task.share} if task.share else {}),
     }  # fmt: skip
     specification = {
         "source": str(chapters.notebook_path(task.chapter)), "output": str(task.output), "parameters": task.parameters,
@@ -178,19 +189,19 @@ def _follow(task: Task, console: Console) -> None:
         elif "expected" in event:
             task.expected += event["expected"]
         elif "message" in event:
-            console.print(f"{task.chapter}: {event['message']}", **PLAIN)
+            console.print(f"{task.name}: {event['message']}", **PLAIN)
 
 
 def _finish(task: Task, console: Console) -> bool:
     code = task.process.returncode if task.process else 1
     if code == 0:
         took = _time(time.monotonic() - task.started)
-        console.print(f"{task.chapter}: done in {took} -> {_short(task.output)}", **PLAIN)
+        console.print(f"{task.name}: done in {took} -> {_short(task.output)}", **PLAIN)
         return True
     failure = task.output.with_suffix(".failure.txt")
     reason = failure.read_text(encoding="utf-8") if failure.exists() else f"the process ended with status {code}"
     where = f"cell {task.cell[0]} of {task.cell[1]}"
-    console.print(f"{task.chapter}: FAILED in {where}: {reason}\n  log: {task.log}", style="red", **PLAIN)
+    console.print(f"{task.name}: FAILED in {where}: {reason}\n  log: {task.log}", style="red", **PLAIN)
     return False
 
 
@@ -223,7 +234,7 @@ def _columns(task: Task) -> tuple[str, str, str, str, str]:
     rate = (time.time() - task.training_since) / done if done else 0.0
     steps = f"step {done} of {total}" if total else "starting" if not task.cell[1] else ""
     left = f"about {_time(rate * (total - done))} left of these steps" if 0 < done < total else ""
-    return task.chapter, f"cell {task.cell[0]}/{task.cell[1]}", steps, _time(time.monotonic() - task.started), left
+    return task.name, f"cell {task.cell[0]}/{task.cell[1]}", steps, _time(time.monotonic() - task.started), left
 
 
 def _time(seconds: float) -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ntklib import progress, provenance, storage
+from ntklib.locks import RunBusyError, skip_busy
 from ntklib.paths import runs_root
 from ntklib.training.state import State
 
@@ -107,7 +108,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0.5)
-        except Timeout:
+        except Timeout as error:
+            if skip_busy():
+                msg = f"{self.label}: another process is computing this run"
+                raise RunBusyError(msg) from error
             progress.say(f"{self.label}: another process is computing this run; waiting for its result")
             self._lock.acquire()
         try:

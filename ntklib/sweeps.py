@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ntklib import progress
+from ntklib.locks import BUSY, RunBusyError
 from ntklib.paths import runs_root
 from ntklib.settings import Settings
 
@@ -18,6 +19,7 @@ Result = TypeVar("Result")
 AnySettings = TypeVar("AnySettings", bound=Settings)
 Value = TypeVar("Value", bound=Hashable)
 JOBS = "NTKLIB_JOBS"  # environment variable: processes a chapter may use
+SHARE = "NTKLIB_SHARE"  # environment variable "k/n": this process is the k-th of n (from 1) that work on the same sweeps
 
 
 def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: int | None = None) -> list[Result]:
@@ -26,6 +28,10 @@ def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: i
     Every call runs on one thread of the CPU, so its numbers do not depend on how many run at a time. Runs on CUDA go one after
     the other. The first error stops the sweep and is raised here; finished runs are kept and found again.
 
+    Several processes, on one machine or on many with a common folder of runs, can work on one sweep: with ``NTKLIB_SHARE=k/n``
+    the k-th of n begins at another place of the list, leaves a run that another process is computing for later, and in the end
+    has all results like the others.
+
     Args:
         function: One run: settings -> result. It may be defined in a notebook.
         settings: One entry per run.
@@ -33,21 +39,50 @@ def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: i
     """
     if not settings:
         return []
-    from joblib import Parallel, delayed
-
     on_gpu = any(str(getattr(s, "device", "cpu")).startswith("cuda") for s in settings)
     jobs = jobs or int(os.environ.get(JOBS, "0")) or os.cpu_count() or 1
     jobs = 1 if on_gpu else min(jobs, len(settings))
+    share = os.environ.get(SHARE)
+    order = _order(len(settings), share)
     with progress.bar("sweep", len(settings), runs_root()):
         progress.expect(len(settings))
-        if jobs == 1:
-            return [_single_threaded(function, s, {}) for s in settings]
-        environment = {progress.FILE: os.environ[progress.FILE]}
-        calls = (delayed(_single_threaded)(function, s, environment) for s in settings)
-        with warnings.catch_warnings():  # loky replaces a worker whose memory has grown, and starts its job anew
-            warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
-            results: Any = Parallel(n_jobs=jobs, backend="loky")(calls)
-        return list(results)
+        found = dict(zip(order, _map(function, [settings[i] for i in order], jobs, {BUSY: "skip"} if share else {}), strict=True))
+        later = [i for i in order if isinstance(found[i], RunBusyError)]
+        found |= dict(zip(later, _map(function, [settings[i] for i in later], jobs, {BUSY: "wait"}), strict=True))
+    return [found[i] for i in range(len(settings))]
+
+
+def _map(function: Callable[[Any], Result], settings: Sequence[Any], jobs: int, environment: dict[str, str]) -> list[Any]:
+    if jobs == 1 or not settings:
+        return [_single_threaded(function, s, environment) for s in settings]
+    from joblib import Parallel, delayed
+
+    environment = {progress.FILE: os.environ[progress.FILE], **environment}
+    calls = (delayed(_single_threaded)(function, s, environment) for s in settings)
+    with warnings.catch_warnings():  # loky replaces a worker whose memory has grown, and starts its job anew
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
+        results: Any = Parallel(n_jobs=jobs, backend="loky")(calls)
+    return list(results)
+
+
+def read_share(text: str) -> tuple[int, int]:
+    """Read ``"k/n"``, the k-th of n processes that share the work.
+
+    Raises:
+        ValueError: If it is not two numbers with 1 <= k <= n.
+    """
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        msg = f"A share must be 'k/n' with whole numbers 1 <= k <= n, for example 1/4. Got {text!r}."
+        raise ValueError(msg)
+    return int(k), int(n)
+
+
+def _order(count: int, share: str | None) -> list[int]:
+    """Indices in the order in which this process goes through them: the processes of a sweep begin far from each other."""
+    k, n = read_share(share) if share else (1, 1)
+    start = count * (k - 1) // n
+    return [(start + i) % count for i in range(count)]
 
 
 def variants(base: AnySettings, changes: Mapping[Value, Mapping[str, Any]], num_seeds: int) -> dict[Value, list[AnySettings]]:
@@ -77,13 +112,22 @@ def gather(one: Mapping[Any, Sequence[AnySettings]], results: "Mapping[AnySettin
     return pd.concat(frames, ignore_index=True)
 
 
-def _single_threaded(function: Callable[[Any], Result], settings: Any, environment: dict[str, str]) -> Result:
+def _single_threaded(function: Callable[[Any], Result], settings: Any, environment: dict[str, str]) -> Any:
+    """Call on one thread; a run that another process holds comes back as ``RunBusyError`` where the environment asks for that."""
     import torch
 
+    before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return function(settings)
+    except RunBusyError as error:
+        return error
     finally:
         torch.set_num_threads(threads)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value

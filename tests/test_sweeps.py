@@ -1,9 +1,14 @@
 """Sweeps: which settings are run, and how their histories come back together."""
 
+import shutil
+import threading
+import time
+
 import pandas as pd
 import pytest
+from filelock import FileLock
 
-from ntklib import SupervisedSettings, distinct, gather, sweep, variants, with_quantity
+from ntklib import Run, SupervisedSettings, distinct, gather, sweep, variants, with_quantity
 from ntklib.runs import RunResult
 
 BASE = SupervisedSettings(dataset="digits", model="mlp", width=4, lr=0.1, batch_size=8, epochs=1, num_probe=2, seed=5)
@@ -53,3 +58,54 @@ def test_a_quantity_becomes_the_abscissa_of_the_others_of_its_run_and_step():
 
 def test_a_sweep_over_nothing_is_nothing():
     assert sweep(result, distinct(variants(BASE, {}, 3))) == []
+
+
+def begin_elsewhere(monkeypatch, share: str) -> list[int]:
+    monkeypatch.setenv("NTKLIB_SHARE", share)
+    seen: list[int] = []
+    assert sweep(lambda i: [seen.append(i), i * i][1], range(10), jobs=1) == [i * i for i in range(10)]
+    return seen
+
+
+def test_processes_that_share_a_sweep_begin_far_apart_and_have_all_results(monkeypatch):
+    assert begin_elsewhere(monkeypatch, "1/4") == list(range(10))
+    assert begin_elsewhere(monkeypatch, "2/4") == [*range(2, 10), 0, 1]
+    assert begin_elsewhere(monkeypatch, "4/4") == [7, 8, 9, *range(7)]
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "1/0", "one/two", "-1/2", "1/2/3"])
+def test_a_share_that_is_none_is_explained(share, monkeypatch):
+    monkeypatch.setenv("NTKLIB_SHARE", share)
+    with pytest.raises(ValueError, match="A share must be 'k/n' with whole numbers 1 <= k <= n"):
+        sweep(abs, [1, 2], jobs=1)
+
+
+def test_a_run_that_another_process_holds_is_left_for_later_only_where_the_sweep_is_shared(tmp_path, monkeypatch):
+    order: list[int] = []
+
+    def train(i):
+        with Run("toy", {"i": i}, root=tmp_path) as run:
+            order.append(i)
+            for state in run.once():
+                run.log(state, value=i)
+        return run.result.history["value"].item()
+
+    train(0)
+    (folder,) = (tmp_path / "store" / "toy").iterdir()
+    shutil.rmtree(folder)  # as if it had only been begun
+    order.clear()
+    monkeypatch.setenv("NTKLIB_SHARE", "1/1")
+    held = threading.Event()
+
+    def hold():
+        with FileLock(folder / "lock"):
+            held.set()
+            time.sleep(2)
+
+    other = threading.Thread(target=hold)
+    folder.mkdir()
+    other.start()
+    held.wait()
+    assert sweep(train, [0, 1, 2], jobs=1) == [0, 1, 2]
+    other.join()
+    assert order == [1, 2, 0]
