@@ -86,14 +86,12 @@ def claims(as_json: bool) -> None:
 
 @cli.command()
 def data() -> None:
-    """List the datasets and whether their files are there."""
+    """List the datasets: where their files are, how large, and whether they are whole."""
     from ntklib import data as datasets
 
+    click.echo(f"folder of datasets: {datasets.data_root()} (set NTKLIB_DATA to change it)")
     for name in datasets.NAMES:
-        places = datasets.locate(name)
-        absent = f"absent; looked in {' and '.join(map(str, places))}"
-        state = "carried by a package" if not places else next((f"in {p}" for p in places if p.exists()), absent)
-        click.echo(f"{name:14} {state}")
+        click.echo(f"{name:14} {datasets.look(name)}")
 
 
 @cli.command()

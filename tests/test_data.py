@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from ntklib.data import NAMES, DatasetNotFoundError, balanced_indices, check_name, data_root, load, locate, probe_set
+from ntklib.data import NAMES, DatasetNotFoundError, balanced_indices, check_name, data_root, load, locate, look, probe_set
 from ntklib.data.augment import augment_by_name
 from ntklib.random import stream
 
 SIZES = {"digits": (1397, 400, 8), "mnist5k": (4000, 1000, 28)}
-FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "fashion_mnist": "FashionMNIST/raw"}
+FOLDERS = {
+    "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "fashion_mnist": "FashionMNIST/raw", "mnist": "MNIST/raw",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -198,7 +200,7 @@ def write_fashion(folder: Path, *, gzipped: bool) -> list[tuple[np.ndarray, list
 def write(source: str, root: Path, monkeypatch) -> list[tuple[np.ndarray, list[int]]]:
     if source.startswith("cifar"):
         return write_cifar(root, monkeypatch, source)
-    return write_fashion(root / ("debian" if source == "debian" else FOLDERS["fashion_mnist"]), gzipped=source == "debian")
+    return write_fashion(root / FOLDERS.get(source, source), gzipped=source == "debian")
 
 
 def assert_holds(images: torch.Tensor, original: np.ndarray, mean: list[float], std: list[float]) -> None:
@@ -207,7 +209,7 @@ def assert_holds(images: torch.Tensor, original: np.ndarray, mean: list[float], 
         torch.testing.assert_close(images[:, k], expected, rtol=1e-4, atol=1e-4)  # float32 statistics of 1e5 numbers
 
 
-@pytest.mark.parametrize("source", ["cifar10", "cifar100", "fashion_mnist", "debian"])
+@pytest.mark.parametrize("source", ["cifar10", "cifar100", "fashion_mnist", "mnist", "debian"])
 def test_files_are_read_into_standardised_images_with_their_labels(source, root, monkeypatch):
     (x_train, y_train), (x_test, y_test) = write(source, root, monkeypatch)
     data = load("fashion_mnist" if source == "debian" else source)
@@ -229,6 +231,7 @@ def test_a_missing_dataset_says_where_it_was_looked_for_and_what_to_do(name, roo
     assert "NTKLIB_DATA" in message
     assert "digits, mnist5k" in message
     place = {k: f"Unpack {factory.filename} in {root}," for k, factory in (("cifar10", CIFAR10), ("cifar100", CIFAR100))}
+    place["mnist"] = f"Place the four *-ubyte files in {root / FOLDERS[name]},"
     assert place.get(name, "Debian's package dataset-fashion-mnist") in message
 
 
@@ -241,6 +244,7 @@ def test_a_missing_dataset_says_where_it_was_looked_for_and_what_to_do(name, roo
         ("cifar100", "train"),
         ("fashion_mnist", "train-images-idx3-ubyte"),
         ("fashion_mnist", "t10k-labels-idx1-ubyte"),
+        ("mnist", "train-labels-idx1-ubyte"),
         ("debian", "train-images-idx3-ubyte.gz"),
     ],
 )
@@ -251,6 +255,28 @@ def test_a_truncated_or_empty_file_is_refused(name, file, lost, root, monkeypatc
     path.write_bytes(path.read_bytes()[:-lost] if lost else b"")
     with pytest.raises(DatasetNotFoundError, match=f"was not found whole.*{path.parent}"):
         load("fashion_mnist" if name == "debian" else name)
+
+
+@pytest.mark.parametrize("source", ["cifar100", "mnist", "debian"])
+def test_a_look_tells_what_is_there_and_whether_it_is_whole(source, root, monkeypatch):
+    name = "fashion_mnist" if source == "debian" else source
+    assert look(name).state == "absent"
+    assert all(str(folder) in str(look(name)) for folder in locate(name))
+    parts = write(source, root, monkeypatch)
+    found, folder = look(name), root / FOLDERS.get(source, source)
+    files = list(folder.iterdir())
+    assert (found.state, found.place, found.images) == ("whole", folder, tuple(len(y) for _, y in parts))
+    assert found.size == sum(len(file.read_bytes()) for file in files)
+    assert f"whole in {folder} (" in str(found)
+    file = max(files, key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert (look(name).state, look(name).images) == ("damaged", None)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.usefixtures("root")
+def test_a_look_at_what_a_package_carries_counts_its_images(name):
+    assert (look(name).state, look(name).images) == ("package", SIZES[name][:2])
 
 
 def test_an_altered_byte_of_cifar_is_refused(root, monkeypatch):
