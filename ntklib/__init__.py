@@ -84,6 +84,8 @@ _HOMES = {
         "loop_by_optimizer",
         "normalized_descent",
         "parameter_norm",
+        "replicated_gradient_descent",
+        "replicated_minibatches",
         "sgd",
         "steps_per_epoch",
     ],
