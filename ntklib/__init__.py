@@ -24,6 +24,7 @@ _HOMES = {
         "fourier_power",
         "key_frequencies",
         "logit_variance",
+        "progress_losses",
         "restricted_logits",
         "sum_waves",
     ],

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ntklib.training.losses import precise_cross_entropy
+
 
 def fourier_basis(p: int) -> tuple[Float[Tensor, "p p"], Int[Tensor, " p"]]:
     r"""Return the orthonormal real Fourier basis of functions on the residues 0..p-1, and each row's frequency.
@@ -23,7 +25,7 @@ def fourier_basis(p: int) -> tuple[Float[Tensor, "p p"], Int[Tensor, " p"]]:
     a = torch.arange(p, dtype=torch.float64)
     rows, frequencies = [torch.full((p,), 1 / math.sqrt(p), dtype=torch.float64)], [0]
     for k in range(1, (p + 1) // 2):
-        angle = 2 * math.pi / p * (k * torch.arange(p) % p)
+        angle = 2 * math.pi / p * (k * a % p)
         rows += [math.sqrt(2 / p) * angle.cos(), math.sqrt(2 / p) * angle.sin()]
         frequencies += [k, k]
     if p % 2 == 0:
@@ -128,3 +130,24 @@ def logit_variance(logits: Float[Tensor, "p p c"]) -> float:
     """Return the squared norm of the logits after their mean over the outputs of each pair is taken away: softmax ignores it."""
     f = logits.detach().double()
     return float((f - f.mean(2, keepdim=True)).square().sum())
+
+
+def progress_losses(
+    logits: Float[Tensor, "p p p"], frequencies: list[int], train: Int[Tensor, "n_train 2"], test: Int[Tensor, "n_test 2"]
+) -> tuple[float, float]:
+    """Return the restricted loss on test pairs and the excluded loss on training pairs, both mean cross-entropies in nats.
+
+    The restricted loss is low once the key frequencies carry a general solution, however the rest of the network does on training
+    pairs; the excluded loss is low while the network also knows its training pairs by heart.
+
+    Args:
+        logits: f(a, b)_c for all pairs.
+        frequencies: Key frequencies, as from ``key_frequencies`` at the end of training.
+        train: Training pairs.
+        test: Test pairs.
+    """
+    p = len(logits)
+    losses = []
+    for f, pairs in ((restricted_logits(logits, frequencies), test), (excluded_logits(logits, frequencies), train)):
+        losses.append(float(precise_cross_entropy(f[pairs[:, 0], pairs[:, 1]], pairs.sum(1) % p)))
+    return losses[0], losses[1]

@@ -26,6 +26,7 @@ class ModularSettings(Settings):
         num_probe: Pairs of either split on which kernel quantities are measured; the whole split where it is smaller.
         num_kernel: The first so many of these for kernel distances.
         epsilon: Standard deviation of the noise of the main paper's two estimates.
+        num_samples: Draws of each.
         seed: Seed of the split, the initial weights and the noise.
         device: As for images.
     """
@@ -45,6 +46,7 @@ class ModularSettings(Settings):
     num_probe: Positive
     num_kernel: Positive
     epsilon: Annotated[float, Field(gt=0)]
+    num_samples: Positive = 4
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
 

@@ -48,11 +48,12 @@ class ModularTransformer(nn.Module):
             msg = f"width must be a multiple of heads = {heads}. Got {width}."
             raise ValueError(msg)
         self.p, self.heads = p, heads
-        self.embed = nn.Embedding(p + 1, width)
-        self.position = nn.Parameter(torch.empty(POSITIONS, width))
-        self.query, self.key, self.value, self.project = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.unembed = nn.Linear(width, p, bias=False)
+        with torch.random.fork_rng([]):  # layers draw PyTorch's default weights from the global generator when they are made
+            self.embed = nn.Embedding(p + 1, width)
+            self.position = nn.Parameter(torch.empty(POSITIONS, width))
+            self.query, self.key, self.value, self.project = (nn.Linear(width, width, bias=False) for _ in range(4))
+            self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, width)
+            self.unembed = nn.Linear(width, p, bias=False)
         self._draw(stream(seed, "init"))
 
     @torch.no_grad()
