@@ -241,3 +241,37 @@ def pairwise_distances(history: pd.DataFrame, split: str, steps: Sequence[int]) 
                 raise ValueError(msg)
             matrix[i, j] = matrix[j, i] = found[pair]
     return matrix
+
+
+def first_time(time: Sequence[float], value: Sequence[float], threshold: float) -> float:
+    """Return the first time at which a quantity is at least ``threshold``; nan if it never is.
+
+    Raises:
+        ValueError: If lengths differ.
+    """
+    t, v = np.asarray(time, dtype=float), np.asarray(value, dtype=float)
+    if len(t) != len(v):
+        msg = f"time and value must have the same length. Got {len(t)} and {len(v)}."
+        raise ValueError(msg)
+    reached = np.flatnonzero(v >= threshold)
+    return float(t[reached[0]]) if len(reached) else math.nan
+
+
+def partial_rank_correlation(a: Sequence[float], b: Sequence[float], given: Sequence[float]) -> float:
+    r"""Return the rank correlation of two quantities at given third one.
+
+    .. math:: \rho_{ab \cdot c} = \frac{\rho_{ab} - \rho_{ac} \rho_{bc}}{\sqrt{(1 - \rho_{ac}^2)(1 - \rho_{bc}^2)}}
+
+    with Spearman's correlations: that of the residuals of the ranks of a and b after linear regression on the ranks of c. Nan where
+    a quantity is constant or a perfect function of c.
+
+    Raises:
+        ValueError: If lengths differ or a value is not finite.
+    """
+    columns = [np.asarray(c, dtype=float) for c in (a, b, given)]
+    if len({len(c) for c in columns}) != 1 or not all(np.isfinite(c).all() for c in columns):
+        msg = f"Three finite sequences of one length are required. Got lengths {[len(c) for c in columns]}."
+        raise ValueError(msg)
+    rho = pd.DataFrame(dict(enumerate(columns))).corr(method="spearman").to_numpy()
+    rest = (1 - rho[0, 2] ** 2) * (1 - rho[1, 2] ** 2)
+    return float((rho[0, 1] - rho[0, 2] * rho[1, 2]) / math.sqrt(rest)) if rest > 1e-12 else math.nan

@@ -22,8 +22,10 @@ NUMERIC = (
     "directions",
     "estimators",
     "filters",
+    "fourier",
     "functional",
     "infinite",
+    "input_noise",
     *(
         f"kernels.{part}"
         for part in (

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ntklib.phases import rise_and_plateau, smallest_rank_correlation
+from ntklib.phases import first_time, partial_rank_correlation, rise_and_plateau, smallest_rank_correlation
 
 
 def test_an_exponential_rise_to_a_plateau_is_measured_exactly():
@@ -62,3 +62,22 @@ def test_curves_that_order_the_times_alike_correlate_fully_and_the_worst_pair_co
 def test_curves_that_cannot_be_ranked_are_refused(curves, message):
     with pytest.raises(ValueError, match=message):
         smallest_rank_correlation(curves)
+
+
+def test_the_first_time_is_that_of_the_first_value_at_the_threshold():
+    assert first_time([0, 5, 7], [0.1, 0.99, 0.5], 0.99) == 5
+    assert math.isnan(first_time([0, 5], [0.1, 0.2], 0.3))
+    with pytest.raises(ValueError, match="same length. Got 2 and 1"):
+        first_time([0, 5], [0.1], 0.3)
+
+
+def test_the_partial_rank_correlation_is_that_of_residuals_of_ranks():
+    generator = np.random.default_rng(0)
+    c = generator.normal(size=40)
+    a, b = c + generator.normal(size=40), np.exp(c + generator.normal(size=40))
+    rank = [np.argsort(np.argsort(v)).astype(float) for v in (a, b, c)]
+    residual = [r - np.polyval(np.polyfit(rank[2], r, 1), rank[2]) for r in rank[:2]]
+    assert partial_rank_correlation(a, b, c) == pytest.approx(np.corrcoef(*residual)[0, 1], rel=1e-10)
+    assert math.isnan(partial_rank_correlation(a, b, a))
+    with pytest.raises(ValueError, match=r"Three finite sequences of one length.*Got lengths \[40, 40, 2\]"):
+        partial_rank_correlation(a, b, [1, 2])

@@ -2,9 +2,10 @@
 
 from ntklib.data.datasets import NAMES, Dataset, DatasetNotFoundError, check_name, data_root, load, locate
 from ntklib.data.inventory import Presence, look
+from ntklib.data.modular import ModularPairs, check_modular_task, modular_addition
 from ntklib.data.subsets import balanced_indices, probe_set, two_classes
 
 __all__ = [
-    "NAMES", "Dataset", "DatasetNotFoundError", "Presence", "balanced_indices", "check_name", "data_root", "load", "locate", "look",
-    "probe_set", "two_classes",
+    "NAMES", "Dataset", "DatasetNotFoundError", "ModularPairs", "Presence", "balanced_indices", "check_modular_task",
+    "check_name", "data_root", "load", "locate", "look", "modular_addition", "probe_set", "two_classes",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ntklib.models.between import between
 from ntklib.models.initialization import SCHEMES, initialize
 from ntklib.models.mlp import ACTIVATIONS, MLP
+from ntklib.models.modular_transformer import ModularTransformer
 from ntklib.models.outline import Part, inner_outputs, outline, part_of
 from ntklib.models.resnet import LAYERS, ResNet
 from ntklib.models.vgg import STAGES, VGG
@@ -18,8 +19,8 @@ from ntklib.random import stream
 from ntklib.text import unknown
 
 __all__ = [
-    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "Part", "ResNet", "ViT", "between", "build",
-    "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated",
+    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "ModularTransformer", "Part", "ResNet", "ViT", "between",
+    "build", "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated",
 ]  # fmt: skip
 
 NAMES = ("mlp", *STAGES, *LAYERS, "vit")
