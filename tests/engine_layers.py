@@ -110,6 +110,9 @@ EMBEDDING = {
     "negative padding index": Case(
         lambda: Sequential(nn.Embedding(3, 3, padding_idx=-1), Flatten(), Linear(12, 3)), (4,), tokens=3
     ),
+    "embedding in a transposed table": Case(
+        lambda: Net(lambda m, x: m.a(F.embedding(x, m.w.T).flatten(1).tanh()), w=(3, 5), a=Linear(12, 3)), (4,), ("w",), tokens=5
+    ),
     "embedding of pooled tokens": Case(
         lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x)).mean(1)), a=nn.Embedding(4, 3), b=Linear(3, 4)), (5,), tokens=4
     ),

@@ -135,7 +135,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if max_norm is not None or scale_grad_by_freq or not watch.plain(weight):
+    if id(weight) in watch.views or max_norm is not None or scale_grad_by_freq or not watch.plain(weight):
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
