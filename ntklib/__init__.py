@@ -13,9 +13,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ntklib.alignment": ["alignment_change", "at_loss", "block_bootstrap", "network_modes", "rank_correlation", "target_modes"],
     "ntklib.chapters": ["Chapter", "Provenance"],
     "ntklib.claims": ["Measured", "Verdicts", "over_seeds"],
     "ntklib.curvature": ["hessian_operator", "sharpness"],
+    "ntklib.edge": ["EdgeSettings", "edge_loop", "edge_measures", "edge_network", "edge_task", "edge_windows", "matched"],
     "ntklib.estimators": ["TraceEstimate", "ntk_trace"],
     "ntklib.functional": ["functional_model"],
     "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"],

@@ -1,23 +1,36 @@
-"""Networks and tasks for training at the edge of stability: squared loss, full batch, a few hundred images."""
+"""Runs with squared loss up to and beyond the edge of stability: task, network, training loop, and what is measured."""
 
+import math
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ntklib import data, models
+from ntklib.alignment import TargetModes, alignment_change, at_loss, network_modes
+from ntklib.curvature import sharpness
 from ntklib.data import Dataset
 from ntklib.models import MLP
+from ntklib.operator import NTKOperator
 from ntklib.random import stream
 from ntklib.settings import ImageSettings, Positive
+from ntklib.spectra import top_eigenpairs
 from ntklib.text import unknown
-from ntklib.training import one_hot
+from ntklib.training import State, central_flow, gradient_descent, gradient_flow, half_mse, one_hot, sgd, steps_per_epoch
+from ntklib.training.flows import FlowState
 
 PERCEPTRONS = {"linear": "identity", "tanh": "tanh", "relu": "relu"}  # name -> activation
 NETWORKS = (*PERCEPTRONS, "cnn", "vit")
 TARGETS = ("parity", "classes")
+METHODS = ("descent", "sgd", "flow", "central")
+SHOWN = 20  # eigenvectors whose shares are kept at the end of a run
+LEADING = 5  # eigenvectors that count as leading
+ARRIVAL = 0.97  # a run is at the edge from the first time that lr lambda_1 / 2 has come this near to 1
 
 
 class EdgeSettings(ImageSettings):
@@ -32,9 +45,13 @@ class EdgeSettings(ImageSettings):
         lr: Learning rate; of gradient flow the unit of time.
         steps: Gradient steps at most.
         stop_at: Loss at which the run ends.
-        every: Steps between two measurements.
-        batch_size: Examples per step of stochastic gradient descent; 0 for full-batch gradient descent.
-        flow: Whether the run follows gradient flow.
+        every: Steps between two measurements; even, so that an oscillation of period two is always met in the same phase.
+        method: ``"descent"`` (full batch), ``"sgd"``, ``"flow"`` (gradient flow) or ``"central"`` (central flow).
+        batch_size: Examples per step of ``"sgd"``, which measures once per epoch and does not end at ``stop_at``.
+        num_critical: Hessian eigenvalues that ``"central"`` watches.
+        substeps: Its steps per gradient step.
+        tol: Error bound of ``"flow"``.
+        hessian: Whether the largest Hessian eigenvalue is measured beside that of the kernel.
     """
 
     network: str
@@ -45,13 +62,21 @@ class EdgeSettings(ImageSettings):
     lr: Annotated[float, Field(gt=0)]
     steps: Positive
     stop_at: Annotated[float, Field(gt=0)]
-    every: Positive = 1
-    batch_size: Annotated[int, Field(ge=0)] = 0
-    flow: bool = False
+    every: Positive = 2
+    method: str = "descent"
+    batch_size: Positive = 1
+    num_critical: Positive = 3
+    substeps: Annotated[int, Field(ge=2)] = 2
+    tol: Annotated[float, Field(gt=0)] = 1e-4
+    hessian: bool = False
 
     @model_validator(mode="after")
     def _check_task(self) -> "EdgeSettings":
-        for kind, got, known in (("network", self.network, NETWORKS), ("targets", self.targets, TARGETS)):
+        for kind, got, known in (
+            ("network", self.network, NETWORKS),
+            ("targets", self.targets, TARGETS),
+            ("method", self.method, METHODS),
+        ):
             if got not in known:
                 raise ValueError(unknown(kind, got, known))
         if self.batch_size > self.num_train:
@@ -71,11 +96,12 @@ def targets_of(labels: Tensor, targets: str, num_classes: int) -> Tensor:
     return 1.0 - 2.0 * (labels % 2)[:, None].float() if targets == "parity" else one_hot(labels, num_classes)
 
 
-def edge_network(settings: EdgeSettings, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
-    """The initialized network; perceptrons have biases but for the linear one.
+def edge_network(settings: EdgeSettings, task: Dataset) -> nn.Module:
+    """The initialized network for a task; perceptrons have biases but for the linear one.
 
     All parameters are drawn as by ``ntklib.models.initialize`` with the settings' scheme, from the settings' seed.
     """
+    input_shape, num_outputs = task.input_shape, task.y_train.shape[1]
     if settings.network in PERCEPTRONS:
         hidden, kind = [settings.width] * (settings.depth - 1), PERCEPTRONS[settings.network]
         bias = settings.network != "linear"
@@ -88,3 +114,74 @@ def edge_network(settings: EdgeSettings, input_shape: tuple[int, ...], num_outpu
             seed=settings.seed,
         )  # fmt: skip
     return net.to(settings.device).eval()
+
+
+def edge_loop(settings: EdgeSettings, model: nn.Module, task: Dataset) -> tuple[Callable[..., Iterator[State]], tuple, dict[str, Any]]:
+    """The training loop of the settings' method, its positional arguments, and keyword arguments that are no settings."""
+    if settings.method == "sgd":
+        epochs = max(1, math.ceil(settings.steps / steps_per_epoch(len(task.x_train), settings.batch_size)))
+        return sgd, (model, task), {"epochs": epochs, "loss": "half_mse"}
+    loop = {"descent": gradient_descent, "flow": gradient_flow, "central": central_flow}[settings.method]
+    return loop, (model, task.x_train, task.y_train), {"measure_at": range(0, settings.steps + 1, settings.every)}
+
+
+def edge_measures(state: State, task: Dataset, settings: EdgeSettings, memory: MutableMapping[str, Tensor]) -> dict[str, float]:
+    """What is measured at a state, by name.
+
+    ``loss`` (of the whole training set), ``kta``, ``leading`` (target share of the ``LEADING`` first eigenvectors), ``top`` (largest
+    eigenvalue of the NTK over n, the scale of the Hessian of the loss), ``by_eigenvalues`` and ``by_eigenvectors`` (parts of the
+    change of KTA since the last measured state, see ``alignment_change``), ``sharpness`` if the settings ask for it, and of the
+    central flow ``mean_loss``, the predicted time average. A kernel of several outputs is summed over them, but ``top`` belongs to
+    the full one. Without a usable kernel, in a diverging run, the loss alone.
+
+    Args:
+        state: The state.
+        task: Training images and targets.
+        settings: The run's settings.
+        memory: Modes of the last measured state; replaced by those of this one.
+    """
+    model, x, y = state.model, task.x_train, task.y_train
+    with torch.no_grad():
+        found = {"loss": float(half_mse(model(x), y))}
+    modes = network_modes(model, x, y)
+    if modes is None:
+        return found
+    top = modes.eigvals[0] if y.shape[1] == 1 else top_eigenpairs(NTKOperator(model, x), 1)[0][0]
+    found |= {"kta": modes.alignment, "leading": modes.top(LEADING), "top": float(top) / len(x)}
+    if memory:
+        change = alignment_change(TargetModes(memory["eigvals"], memory["shares"], modes.factor), modes)
+        found |= {"by_eigenvalues": change.eigenvalues, "by_eigenvectors": change.eigenvectors}
+    memory |= {"eigvals": modes.eigvals.cpu(), "shares": modes.shares.cpu()}
+    if settings.hessian:
+        found["sharpness"] = float(sharpness(model, half_mse, (x, y), tol=1e-3)[0])
+    if settings.method == "central" and isinstance(state, FlowState) and state.extra:
+        found["mean_loss"] = found["loss"] + 0.5 * float(state.extra["covariance"].diagonal() @ state.extra["eigvals"])
+    return found
+
+
+def table_of(history: pd.DataFrame) -> pd.DataFrame:
+    """The quantities of one run as columns, one row per measured step, without those of single eigenvectors."""
+    rows = pd.DataFrame(history[history["layer"] == ""])
+    return rows.pivot_table(index="step", columns="quantity", values="value", dropna=False)
+
+
+def matched(history: pd.DataFrame, level: float, quantity: str) -> float:
+    """Value of a quantity where the loss of a run reaches ``level``; nan if it never does. See ``at_loss``."""
+    table = table_of(history)
+    return at_loss(table["loss"].tolist(), table[quantity].tolist(), level) if quantity in table else math.nan
+
+
+def edge_windows(history: pd.DataFrame, lr: float, every: int) -> np.ndarray:
+    """Changes over successive windows of a run at the edge of stability, one row each.
+
+    Columns: change of lr lambda_1 / 2 (the sharpness in units of the edge), of KTA, its eigenvalue part and its eigenvector part.
+    Only windows of ``every`` steps count, from the first time that the sharpness has come within 3 % of the edge.
+    """
+    table = table_of(history)
+    if "by_eigenvalues" not in table:
+        return np.zeros((0, 4))
+    scaled = lr * table["top"] / 2
+    arrived = scaled.ge(ARRIVAL).cummax().shift(fill_value=False)
+    regular = pd.Series(table.index, index=table.index).diff() == every
+    columns = [scaled.diff(), table["kta"].diff(), table["by_eigenvalues"], table["by_eigenvectors"]]
+    return np.stack([c[arrived & regular].to_numpy() for c in columns], axis=1)

@@ -109,6 +109,29 @@ def sweep_curves(
     return ax
 
 
+def rate_curves(ax: Axes, frame: pd.DataFrame, quantity: str, label: str, *, style: int = 0) -> Axes:
+    """Draw a quantity against the learning rate: each seed as a thin line, mean and standard error over seeds that have a value.
+
+    A run without a value (nan), one that diverged or did not get where the quantity is measured, is a cross at the lower edge.
+
+    Args:
+        ax: Axes to draw on; the abscissa is made logarithmic.
+        frame: One row per run with the columns ``lr``, ``seed`` and the quantity.
+        quantity: Column to draw.
+        label: Legend entry.
+        style: Index of colour and marker.
+    """
+    table = frame.pivot_table(index="lr", columns="seed", values=quantity, dropna=False).astype(float)
+    color, marker = PALETTE[style % len(PALETTE)], MARKERS[style % len(MARKERS)]
+    ax.plot(table.index, table.to_numpy(), color=color, linewidth=0.6, alpha=0.35)
+    ax.errorbar(table.index, table.mean(axis=1), table.sem(axis=1).fillna(0.0), color=color, marker=marker, label=label)
+    missing = table.index[table.isna().any(axis=1)]
+    height = 0.03 + 0.045 * style
+    ax.plot(missing, np.full(len(missing), height), "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
+    ax.set(xlabel=r"learning rate $\eta$", xscale="log")
+    return ax
+
+
 def join_legends(*axes: Axes, **options: Any) -> None:
     """Put the legends of axes that share a panel into one, on the first."""
     handles, labels = zip(*(pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)), strict=True)
