@@ -116,7 +116,9 @@ def edge_network(settings: EdgeSettings, task: Dataset) -> nn.Module:
     return net.to(settings.device).eval()
 
 
-def edge_loop(settings: EdgeSettings, model: nn.Module, task: Dataset) -> tuple[Callable[..., Iterator[State]], tuple, dict[str, Any]]:
+def edge_loop(
+    settings: EdgeSettings, model: nn.Module, task: Dataset
+) -> tuple[Callable[..., Iterator[State]], tuple, dict[str, Any]]:
     """The training loop of the settings' method, its positional arguments, and keyword arguments that are no settings."""
     if settings.method == "sgd":
         epochs = max(1, math.ceil(settings.steps / steps_per_epoch(len(task.x_train), settings.batch_size)))

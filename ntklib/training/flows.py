@@ -84,7 +84,9 @@ def gradient_flow(
     w, k1, value = flow.w, *flow.slope(flow.w)
     for step in range(flow.start, steps + 1):
         done = stop_at is not None and float(value) <= stop_at
-        yield from flow.state(step, float(step), lr, step if done else steps, value, {"h": torch.tensor(h, dtype=torch.float64)}, measure_at)
+        yield from flow.state(
+            step, float(step), lr, step if done else steps, value, {"h": torch.tensor(h, dtype=torch.float64)}, measure_at
+        )
         if done or step == steps or not torch.isfinite(value):
             return
         left = lr
@@ -231,5 +233,3 @@ def _land(slope: Slope, w: Tensor, k1: Tensor, h: float, level: float) -> tuple[
         low, high = (part, high) if float(value) > level else (low, part)
     new, _, value, _ = _bogacki_shampine(slope, w, k1, high)
     return high, new, value
-
-
