@@ -49,7 +49,7 @@ class TargetModes:
 
 
 @torch.no_grad()
-def target_modes(kernel: Float[Tensor, "n n"], y: Float[Tensor, "n c"]) -> TargetModes:
+def target_modes(kernel: Float[Tensor, "m m"], y: Float[Tensor, "n c"]) -> TargetModes:
     """Decompose a kernel and its targets, see ``TargetModes``.
 
     Args:
@@ -156,7 +156,12 @@ def at_loss(loss: Sequence[float], value: Sequence[float], level: float) -> floa
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation of the pairs of which both are finite; nan for fewer than three or without variation."""
+    """Spearman's rank correlation of the pairs of which both are finite; nan for fewer than three or without variation.
+
+    Args:
+        first: Numbers.
+        second: As many others.
+    """
     pairs = np.array([(a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a) and math.isfinite(b)])
     if len(pairs) < 3 or (np.ptp(pairs, axis=0) == 0).any():
         return math.nan

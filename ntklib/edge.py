@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ntklib import data, models
 from ntklib.alignment import TargetModes, alignment_change, at_loss, network_modes
-from ntklib.curvature import sharpness
 from ntklib.data import Dataset
 from ntklib.models import MLP
 from ntklib.operator import NTKOperator
@@ -22,7 +21,7 @@ from ntklib.settings import ImageSettings, Positive
 from ntklib.spectra import top_eigenpairs
 from ntklib.text import unknown
 from ntklib.training import State, central_flow, gradient_descent, gradient_flow, half_mse, one_hot, sgd, steps_per_epoch
-from ntklib.training.flows import FlowState
+from ntklib.training.flows import FlowState, hessian_modes
 
 PERCEPTRONS = {"linear": "identity", "tanh": "tanh", "relu": "relu"}  # name -> activation
 NETWORKS = (*PERCEPTRONS, "cnn", "vit")
@@ -150,12 +149,13 @@ def edge_measures(state: State, task: Dataset, settings: EdgeSettings, memory: M
         return found
     top = modes.eigvals[0] if y.shape[1] == 1 else top_eigenpairs(NTKOperator(model, x), 1)[0][0]
     found |= {"kta": modes.alignment, "leading": modes.top(LEADING), "top": float(top) / len(x)}
-    if memory:
+    if "eigvals" in memory:
         change = alignment_change(TargetModes(memory["eigvals"], memory["shares"], modes.factor), modes)
         found |= {"by_eigenvalues": change.eigenvalues, "by_eigenvectors": change.eigenvectors}
     memory |= {"eigvals": modes.eigvals.cpu(), "shares": modes.shares.cpu()}
     if settings.hessian:
-        found["sharpness"] = float(sharpness(model, half_mse, (x, y), tol=1e-3)[0])
+        eigvals, memory["basis"] = hessian_modes(model, x, y, start=memory.get("basis"))
+        found["sharpness"] = float(eigvals[0])
     if settings.method == "central" and isinstance(state, FlowState) and state.extra:
         found["mean_loss"] = found["loss"] + 0.5 * float(state.extra["covariance"].diagonal() @ state.extra["eigvals"])
     return found

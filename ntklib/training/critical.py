@@ -27,7 +27,7 @@ def hessian_product(loss: Loss, w: Float[Tensor, " p"], v: Float[Tensor, "p k"])
 
 
 def critical_modes(
-    loss: Loss, w: Float[Tensor, " p"], k: int, start: Float[Tensor, "p _"] | None = None
+    loss: Loss, w: Float[Tensor, " p"], k: int, start: Float[Tensor, "p _"] | None = None, size: float | None = None
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "p k"]]:
     """The k largest eigenvalues of the Hessian, descending, with eigenvectors, by SciPy's block method from a start near them.
 
@@ -39,6 +39,7 @@ def critical_modes(
         w: Parameters.
         k: Number of eigenvalues, less than a fifth of the parameters.
         start: Vectors to start from. Default: random ones.
+        size: Rough size of the largest eigenvalue, for the tolerance. Default: found with one more product.
 
     Raises:
         ValueError: If k is out of range.
@@ -57,13 +58,12 @@ def critical_modes(
         block = torch.from_numpy(np.ascontiguousarray(v)).to(w.device, w.dtype)
         return hessian_product(loss, w, block.reshape(p, -1)).double().cpu().numpy().reshape(v.shape)
 
-    operator = LinearOperator((p, p), matvec=product, matmat=product, dtype=np.float64)
-    scale = float(np.linalg.norm(product(guess.double().cpu().numpy()), axis=0).max() / float(guess.norm(dim=0).max()))
+    operator, begin = LinearOperator((p, p), matvec=product, matmat=product, dtype=np.float64), guess.double().cpu().numpy()
+    scale = np.linalg.norm(product(begin)) / np.linalg.norm(begin) if size is None else size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the tolerance was missed, which is checked here
-        found = lobpcg(operator, guess.double().cpu().numpy(), tol=0.3 * TOLERANCE * scale, maxiter=ROUNDS)
-    eigvals, eigvecs = np.asarray(found[0]), np.asarray(found[1])
-    residual = np.linalg.norm(product(eigvecs) - eigvecs * eigvals, axis=0).max()
+        found = lobpcg(operator, begin, tol=0.3 * TOLERANCE * scale, maxiter=ROUNDS, retResidualNormsHistory=True)
+    eigvals, eigvecs, residual = np.asarray(found[0]), np.asarray(found[1]), float(np.min(np.max(found[2], axis=1)))
     if not residual <= 10 * TOLERANCE * np.abs(eigvals).max():
         msg = f"The top {k} eigenvectors of the Hessian must converge. Got a residual of {residual:.1e}. Ask for fewer of them."
         raise RuntimeError(msg)
@@ -73,7 +73,7 @@ def critical_modes(
 
 
 def curvature_gradients(loss: Loss, w: Float[Tensor, " p"], basis: Float[Tensor, "p k"]) -> Float[Tensor, "k k p"]:
-    r"""Gradients of the Hessian's entries in fixed directions, :math:`g_{ij} = \nabla_w\, u_i^\top H(w)\, u_j`: third derivatives."""
+    r"""Third derivatives :math:`g_{ij} = \nabla_w\, u_i^\top H(w)\, u_j`: gradients of the Hessian's entries in fixed directions."""
     k = basis.shape[1]
     rows, columns = torch.triu_indices(k, k)
 

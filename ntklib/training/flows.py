@@ -165,7 +165,7 @@ def central_flow(
             return
         for part in range(substeps):
             gradient, value = (gradient, value) if part == 0 else flow.slope(flow.w)
-            eigvals, basis = critical_modes(flow.loss, flow.w, num_critical, basis)
+            eigvals, basis = critical_modes(flow.loss, flow.w, num_critical, basis, 2 / lr)
             near = int((eigvals > NEAR * 2 / lr).sum())
             push, sigma = torch.zeros_like(flow.w), eigvals.new_zeros(num_critical, num_critical)
             if near:
@@ -178,6 +178,17 @@ def central_flow(
                 if step == steps:
                     return
             flow.w = flow.w - lr * dt * (gradient + push)
+
+
+def hessian_modes(
+    model: nn.Module, x: Tensor, y: Tensor, k: int = 1, *, loss: str = "half_mse", start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest Hessian eigenvalues of a network's loss, descending, and eigenvectors; along a run, from those found last.
+
+    ``ntklib.sharpness`` needs no start and is exact to a smaller tolerance; this costs a few products. See ``critical_modes``.
+    """
+    flow = _Flow(model, x, y, loss, None)
+    return critical_modes(flow.loss, flow.w, k, start)
 
 
 class _Flow:
