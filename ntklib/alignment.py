@@ -92,7 +92,8 @@ def network_modes(model: nn.Module, x: Tensor, y: Float[Tensor, "n c"]) -> Targe
 class AlignmentChange:
     r"""A change of KTA in two parts that add up exactly.
 
-    .. math:: \Delta \mathrm{KTA} = \kappa \sum_i \bar a_i\, \Delta \tilde\lambda_i + \kappa \sum_i \bar{\tilde\lambda}_i\, \Delta a_i
+    .. math:: \Delta \mathrm{KTA} = \kappa \sum_i \bar a_i\, \Delta \tilde\lambda_i
+        + \kappa \sum_i \bar{\tilde\lambda}_i\, \Delta a_i
 
     with bars for the mean of before and after: the product rule for differences, without a remainder.
 

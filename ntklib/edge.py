@@ -129,8 +129,8 @@ def edge_loop(
 def edge_measures(state: State, task: Dataset, settings: EdgeSettings, memory: MutableMapping[str, Tensor]) -> dict[str, float]:
     """What is measured at a state, by name.
 
-    ``loss`` (of the whole training set), ``kta``, ``leading`` (target share of the ``LEADING`` first eigenvectors), ``top`` (largest
-    eigenvalue of the NTK over n, the scale of the Hessian of the loss), ``by_eigenvalues`` and ``by_eigenvectors`` (parts of the
+    ``loss`` (of the whole training set), ``kta``, ``leading`` (target share of the ``LEADING`` first eigenvectors), ``top`` (the
+    largest eigenvalue of the NTK over n, the scale of the Hessian of the loss), ``by_eigenvalues`` and ``by_eigenvectors`` (parts of the
     change of KTA since the last measured state, see ``alignment_change``), ``sharpness`` if the settings ask for it, and of the
     central flow ``mean_loss``, the predicted time average. A kernel of several outputs is summed over them, but ``top`` belongs to
     the full one. Without a usable kernel, in a diverging run, the loss alone.

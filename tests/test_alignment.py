@@ -81,11 +81,11 @@ def test_the_parts_of_a_change_add_up_and_vanish_with_their_cause(c):
 
 
 def test_the_parts_of_a_change_are_those_of_the_formula():
-    before = TargetModes(torch.tensor([4.0, 3.0]).double(), torch.tensor([0.2, 0.8]).double())
-    after = TargetModes(torch.tensor([3.0, 3.0]).double(), torch.tensor([0.6, 0.4]).double())
+    before = TargetModes(torch.tensor([4.0, 3.0]).double(), torch.tensor([0.2, 0.8], dtype=torch.float64))
+    after = TargetModes(torch.tensor([3.0, 3.0]).double(), torch.tensor([0.6, 0.4], dtype=torch.float64))
     r = 1 / math.sqrt(2)
     change = alignment_change(before, after)
-    assert change.eigenvalues == pytest.approx(0.4 * (r - 0.8) + 0.6 * (r - 0.6), rel=1e-9)
+    assert change.eigenvalues == pytest.approx(0.4 * (r - 0.8) + 0.6 * (r - 0.6), rel=1e-12)
     assert change.eigenvectors == pytest.approx((r + 0.8) / 2 * 0.4 - (r + 0.6) / 2 * 0.4, rel=1e-12)
 
 

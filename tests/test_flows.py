@@ -49,11 +49,7 @@ def weights(model):
 
 
 def last(states):
-    state = None
-    for state in states:
-        pass
-    assert state is not None
-    return state
+    return list(states)[-1]
 
 
 def test_gradient_flow_of_a_linear_model_is_the_exponential_of_the_kernel():
@@ -190,7 +186,7 @@ def test_on_the_edge_the_sharpness_stays_and_the_covariance_is_that_of_the_formu
     sigma = float(next(states).extra["covariance"])
     u = torch.linalg.eigh(hessian)[1][:, 1]
     slope = torch.tensor([2 * a * u[1] ** 2 + 4 * b * u[0] * u[1], 2 * b * u[0] ** 2 + 4 * a * u[0] * u[1]])  # of u^T H u
-    gradient = (a * b - 2) * torch.tensor([b, a])
+    gradient = (a * b - 2) * torch.tensor([b, a], dtype=torch.float64)
     expected = max(0.0, -2 * float(slope @ gradient) / float(slope @ slope))
     assert expected > 0
     assert sigma == pytest.approx(expected, rel=1e-6)

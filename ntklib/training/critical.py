@@ -63,7 +63,7 @@ def critical_modes(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the tolerance was missed, which is checked here
         found = lobpcg(operator, begin, tol=0.3 * TOLERANCE * scale, maxiter=ROUNDS, retResidualNormsHistory=True)
-    eigvals, eigvecs, residual = np.asarray(found[0]), np.asarray(found[1]), float(np.min(np.max(found[2], axis=1)))
+    eigvals, eigvecs, residual = np.asarray(found[0]), np.asarray(found[1]), min(float(np.max(r)) for r in found[2])
     if not residual <= 10 * TOLERANCE * np.abs(eigvals).max():
         msg = f"The top {k} eigenvectors of the Hessian must converge. Got a residual of {residual:.1e}. Ask for fewer of them."
         raise RuntimeError(msg)
@@ -73,7 +73,7 @@ def critical_modes(
 
 
 def curvature_gradients(loss: Loss, w: Float[Tensor, " p"], basis: Float[Tensor, "p k"]) -> Float[Tensor, "k k p"]:
-    r"""Third derivatives :math:`g_{ij} = \nabla_w\, u_i^\top H(w)\, u_j`: gradients of the Hessian's entries in fixed directions."""
+    r"""Third derivatives :math:`g_{ij} = \nabla_w\, u_i^\top H(w)\, u_j`: gradients of the Hessian's entries in a fixed basis."""
     k = basis.shape[1]
     rows, columns = torch.triu_indices(k, k)
 
