@@ -129,11 +129,11 @@ def edge_loop(
 def edge_measures(state: State, task: Dataset, settings: EdgeSettings, memory: MutableMapping[str, Tensor]) -> dict[str, float]:
     """What is measured at a state, by name.
 
-    ``loss`` (of the whole training set), ``kta``, ``leading`` (target share of the ``LEADING`` first eigenvectors), ``top`` (the
-    largest eigenvalue of the NTK over n, the scale of the Hessian of the loss), ``by_eigenvalues`` and ``by_eigenvectors`` (parts of the
-    change of KTA since the last measured state, see ``alignment_change``), ``sharpness`` if the settings ask for it, and of the
-    central flow ``mean_loss``, the predicted time average. A kernel of several outputs is summed over them, but ``top`` belongs to
-    the full one. Without a usable kernel, in a diverging run, the loss alone.
+    ``loss`` (of the whole training set), ``kta``, ``leading`` (target share of the ``LEADING`` first eigenvectors), ``top``
+    (the largest eigenvalue of the NTK over n, the scale of the Hessian of the loss), ``by_eigenvalues`` and ``by_eigenvectors``
+    (parts of the change of KTA since the last measured state, see ``alignment_change``), ``sharpness`` if the settings ask for
+    it, and of the central flow ``mean_loss``, the predicted time average. A kernel of several outputs is summed over them, but
+    ``top`` belongs to the full one. Without a usable kernel, in a diverging run, the loss alone.
 
     Args:
         state: The state.
@@ -147,12 +147,13 @@ def edge_measures(state: State, task: Dataset, settings: EdgeSettings, memory: M
     modes = network_modes(model, x, y)
     if modes is None:
         return found
-    top = modes.eigvals[0] if y.shape[1] == 1 else top_eigenpairs(NTKOperator(model, x), 1)[0][0]
+    full: Any = NTKOperator(model, x)
+    top = modes.eigvals[0] if y.shape[1] == 1 else top_eigenpairs(full, 1)[0][0]
     found |= {"kta": modes.alignment, "leading": modes.top(LEADING), "top": float(top) / len(x)}
     if "eigvals" in memory:
         change = alignment_change(TargetModes(memory["eigvals"], memory["shares"], modes.factor), modes)
         found |= {"by_eigenvalues": change.eigenvalues, "by_eigenvectors": change.eigenvectors}
-    memory |= {"eigvals": modes.eigvals.cpu(), "shares": modes.shares.cpu()}
+    memory.update(eigvals=modes.eigvals.cpu(), shares=modes.shares.cpu())
     if settings.hessian:
         eigvals, memory["basis"] = hessian_modes(model, x, y, start=memory.get("basis"))
         found["sharpness"] = float(eigvals[0])

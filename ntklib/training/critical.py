@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ def critical_modes(
         block = torch.from_numpy(np.ascontiguousarray(v)).to(w.device, w.dtype)
         return hessian_product(loss, w, block.reshape(p, -1)).double().cpu().numpy().reshape(v.shape)
 
-    operator, begin = LinearOperator((p, p), matvec=product, matmat=product, dtype=np.float64), guess.double().cpu().numpy()
+    operator: Any = LinearOperator
+    operator, begin = operator((p, p), matvec=product, matmat=product, dtype=np.float64), guess.double().cpu().numpy()
     scale = np.linalg.norm(product(begin)) / np.linalg.norm(begin) if size is None else size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the tolerance was missed, which is checked here

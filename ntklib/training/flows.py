@@ -181,11 +181,12 @@ def central_flow(
 
 
 def hessian_modes(
-    model: nn.Module, x: Tensor, y: Tensor, k: int = 1, *, loss: str = "half_mse", start: Tensor | None = None
+    model: nn.Module, x: Tensor, y: Tensor, k: int = 3, *, loss: str = "half_mse", start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k largest Hessian eigenvalues of a network's loss, descending, and eigenvectors; along a run, from those found last.
 
-    ``ntklib.sharpness`` needs no start and is exact to a smaller tolerance; this costs a few products. See ``critical_modes``.
+    ``ntklib.sharpness`` needs no start and is exact to a smaller tolerance; this costs a few products, with a block of
+    vectors that converges faster than a single one. See ``critical_modes``.
     """
     flow = _Flow(model, x, y, loss, None)
     return critical_modes(flow.loss, flow.w, k, start)
