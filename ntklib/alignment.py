@@ -181,9 +181,9 @@ def block_bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of the mean over series of a statistic, resampling blocks of successive rows within each series.
 
-    Successive windows of one run are not independent; blocks keep the dependence within them (Kuensch 1989, "The jackknife and the
-    bootstrap for general stationary observations": moving blocks, drawn with replacement until the length of the series is
-    reached). Draws with an undefined statistic are left out.
+    Successive windows of one run are not independent; blocks keep the dependence within them (Politis & Romano 1992, "A circular
+    block-resampling procedure for stationary data": the series is closed to a ring, so that every row is drawn equally often).
+    Draws with an undefined statistic are left out.
 
     Args:
         series: One array per run, rows in time.
@@ -209,7 +209,7 @@ def block_bootstrap(
 
 
 def _blocks(length: int, block: int, draw: np.random.Generator) -> np.ndarray:
-    """Row numbers of a resampled series."""
+    """Row numbers of a resampled series, blocks on a ring."""
     size = min(max(1, block), length)
-    starts = draw.integers(0, length - size + 1, -(-length // size))
-    return (starts[:, None] + np.arange(size)).ravel()[:length]
+    starts = draw.integers(0, length, -(-length // size))
+    return (starts[:, None] + np.arange(size)).ravel()[:length] % length

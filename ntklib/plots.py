@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.ticker
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -129,6 +130,20 @@ def rate_curves(ax: Axes, frame: pd.DataFrame, quantity: str, label: str, *, sty
     height = 0.03 + 0.045 * style
     ax.plot(missing, np.full(len(missing), height), "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
     ax.set(xlabel=r"learning rate $\eta$", xscale="log")
+    rate_ticks(ax, sorted({*table.index, *(() if style == 0 else ax.get_xticks())}))
+    return ax
+
+
+def rate_ticks(ax: Axes, rates: Sequence[float], apart: float = 0.045) -> Axes:
+    """Put plain ticks at learning rates on a logarithmic axis, labels only where they have room."""
+    low, high = np.log(ax.get_xlim())
+    kept: list[float] = []
+    for rate in rates:
+        if not kept or np.log(rate / kept[-1]) > 2 * apart * (high - low):
+            kept.append(float(rate))
+    ax.set_xticks(kept, [f"{r:g}" for r in kept])
+    ax.set_xticks([r for r in rates if r not in kept], minor=True)
+    ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     return ax
 
 
