@@ -10,7 +10,7 @@ from torch import nn
 from ntklib.models import MLP
 from ntklib.random import stream
 from ntklib.training import central_flow, gradient_descent, gradient_flow
-from ntklib.training.critical import critical_modes, curvature_gradients, hessian_product, oscillation_covariance
+from ntklib.training.critical import Hessian, critical_modes, oscillation_covariance
 
 ONE = torch.ones(1, 1, dtype=torch.float64)
 
@@ -221,12 +221,12 @@ def test_critical_modes_and_their_slopes_are_those_of_the_automatic_hessian(hidd
     w = torch.randn(4 * hidden, generator=generator, dtype=torch.float64) / 2
     loss = lambda w: ((torch.tanh(x @ w[: 3 * hidden].reshape(3, hidden)) @ w[3 * hidden :]) - 1).square().mean()  # noqa: E731
     hessian = torch.autograd.functional.hessian(loss, w)
-    eigvals, basis = critical_modes(loss, w, 2)
+    eigvals, basis = critical_modes(Hessian(loss, w), 2)
     torch.testing.assert_close(eigvals, torch.linalg.eigvalsh(hessian).flip(0)[:2], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(hessian_product(loss, w, basis), hessian @ basis, rtol=1e-10, atol=1e-12)
-    again = critical_modes(loss, w, 2, basis)[0]
+    torch.testing.assert_close(Hessian(loss, w) @ basis, hessian @ basis, rtol=1e-10, atol=1e-12)
+    again = critical_modes(Hessian(loss, w), 2, basis)[0]
     torch.testing.assert_close(again, eigvals, rtol=1e-5, atol=1e-6)
-    slopes = curvature_gradients(loss, w, basis)
+    slopes = Hessian(loss, w).entries(basis)
     direction = torch.randn(len(w), generator=generator, dtype=torch.float64)
     h = 1e-5
     ahead, behind = (torch.autograd.functional.hessian(loss, w + s * h * direction) for s in (1, -1))

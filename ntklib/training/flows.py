@@ -9,7 +9,7 @@ from torch.func import grad_and_value
 
 from ntklib.directions import flatten_params, plain_attention, unflatten_params
 from ntklib.functional import functional_model
-from ntklib.training.critical import critical_modes, curvature_gradients, oscillation_covariance
+from ntklib.training.critical import Hessian, critical_modes, oscillation_covariance
 from ntklib.training.losses import loss_by_name
 from ntklib.training.minibatch import Checkpoint
 from ntklib.training.state import State
@@ -159,25 +159,25 @@ def central_flow(
     flow = _Flow(model, x, y, loss, resume)
     basis, dt = flow.extra.get("basis"), 1 / substeps
     for step in range(flow.start, steps + 1):
-        gradient, value = flow.slope(flow.w)
+        value = flow.slope(flow.w)[1]
         if not bool(torch.isfinite(value)):
             yield from flow.state(step, float(step), lr, steps, value, {}, None)
             return
         for part in range(substeps):
-            gradient, value = (gradient, value) if part == 0 else flow.slope(flow.w)
-            eigvals, basis = critical_modes(flow.loss, flow.w, num_critical, basis, 2 / lr)
+            hessian = Hessian(flow.loss, flow.w)
+            eigvals, basis = critical_modes(hessian, num_critical, basis, 2 / lr)
             near = int((eigvals > NEAR * 2 / lr).sum())
             push, sigma = torch.zeros_like(flow.w), eigvals.new_zeros(num_critical, num_critical)
             if near:
-                slopes = curvature_gradients(flow.loss, flow.w, basis[:, :near])  # [near, near, p]
-                sigma[:near, :near] = oscillation_covariance(eigvals[:near], slopes, gradient, lr, dt)
+                slopes = hessian.entries(basis[:, :near])  # [near, near, p]
+                sigma[:near, :near] = oscillation_covariance(eigvals[:near], slopes, hessian.gradient.detach(), lr, dt)
                 push = 0.5 * torch.einsum("ij,ijp->p", sigma[:near, :near], slopes)
             if part == 0:
                 extra = {"eigvals": eigvals, "covariance": sigma, "basis": basis}
                 yield from flow.state(step, float(step), lr, steps, value, extra, measure_at)
                 if step == steps:
                     return
-            flow.w = flow.w - lr * dt * (gradient + push)
+            flow.w = flow.w - lr * dt * (hessian.gradient.detach() + push)
 
 
 def hessian_modes(
@@ -189,7 +189,7 @@ def hessian_modes(
     vectors that converges faster than a single one. See ``critical_modes``.
     """
     flow = _Flow(model, x, y, loss, None)
-    return critical_modes(flow.loss, flow.w, k, start)
+    return critical_modes(Hessian(flow.loss, flow.w), k, start)
 
 
 class _Flow:
