@@ -5,13 +5,13 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import matplotlib.ticker
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import NullFormatter
 
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vPX*"
@@ -136,6 +136,8 @@ def rate_curves(ax: Axes, frame: pd.DataFrame, quantity: str, label: str, *, sty
 
 def rate_ticks(ax: Axes, rates: Sequence[float], apart: float = 0.045) -> Axes:
     """Put plain ticks at learning rates on a logarithmic axis, labels only where they have room."""
+    if not len(rates):
+        return ax
     low, high = np.log(ax.get_xlim())
     kept: list[float] = []
     for rate in rates:
@@ -143,7 +145,7 @@ def rate_ticks(ax: Axes, rates: Sequence[float], apart: float = 0.045) -> Axes:
             kept.append(float(rate))
     ax.set_xticks(kept, [f"{r:g}" for r in kept])
     ax.set_xticks([r for r in rates if r not in kept], minor=True)
-    ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
 
 
