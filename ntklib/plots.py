@@ -130,7 +130,8 @@ def rate_curves(ax: Axes, frame: pd.DataFrame, quantity: str, label: str, *, sty
     height = 0.03 + 0.045 * style
     ax.plot(missing, np.full(len(missing), height), "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
     ax.set(xlabel=r"learning rate $\eta$", xscale="log")
-    rate_ticks(ax, sorted({*table.index, *(() if style == 0 else ax.get_xticks())}))
+    drawn = {float(r) for line in ax.lines[: -1 if len(missing) == 0 else None] for r in np.asarray(line.get_xdata()) if r > 0}
+    rate_ticks(ax, sorted(drawn))
     return ax
 
 
