@@ -13,9 +13,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ntklib.alignment": ["alignment_change", "at_loss", "block_bootstrap", "network_modes", "rank_correlation", "target_modes"],
     "ntklib.chapters": ["Chapter", "Provenance"],
     "ntklib.claims": ["Measured", "Verdicts", "over_seeds"],
     "ntklib.curvature": ["hessian_operator", "sharpness"],
+    "ntklib.edge": ["EdgeSettings", "edge_loop", "edge_measures", "edge_network", "edge_task", "edge_windows", "matched"],
     "ntklib.estimators": ["TraceEstimate", "ntk_trace"],
     "ntklib.fourier": [
         "cosine_power",
@@ -93,8 +95,10 @@ _HOMES = {
     "ntklib.training": [
         "accuracy",
         "adamw",
+        "central_flow",
         "full_batch_adamw",
         "gradient_descent",
+        "gradient_flow",
         "log_steps",
         "loop_by_optimizer",
         "normalized_descent",

@@ -11,6 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import NullFormatter
 
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vPX*"
@@ -106,6 +107,46 @@ def sweep_curves(
         ax.fill_between(table.index, mean - sem, mean + sem, color=color, alpha=0.25, linewidth=0)
         ax.plot(table.index, mean, color=color, marker=MARKERS[i % len(MARKERS)], label=label)
     ax.set_xlabel(x)
+    return ax
+
+
+def rate_curves(ax: Axes, frame: pd.DataFrame, quantity: str, label: str, *, style: int = 0) -> Axes:
+    """Draw a quantity against the learning rate: each seed as a thin line, mean and standard error over seeds that have a value.
+
+    A run without a value (nan), one that diverged or did not get where the quantity is measured, is a cross at the lower edge.
+
+    Args:
+        ax: Axes to draw on; the abscissa is made logarithmic.
+        frame: One row per run with the columns ``lr``, ``seed`` and the quantity.
+        quantity: Column to draw.
+        label: Legend entry.
+        style: Index of colour and marker.
+    """
+    table = frame.pivot_table(index="lr", columns="seed", values=quantity, dropna=False).astype(float)
+    color, marker = PALETTE[style % len(PALETTE)], MARKERS[style % len(MARKERS)]
+    ax.plot(table.index, table.to_numpy(), color=color, linewidth=0.6, alpha=0.35)
+    ax.errorbar(table.index, table.mean(axis=1), table.sem(axis=1).fillna(0.0), color=color, marker=marker, label=label)
+    missing = table.index[table.isna().any(axis=1)]
+    height = 0.03 + 0.045 * style
+    ax.plot(missing, np.full(len(missing), height), "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
+    ax.set(xlabel=r"learning rate $\eta$", xscale="log")
+    drawn = {float(r) for line in ax.lines[: -1 if len(missing) == 0 else None] for r in np.asarray(line.get_xdata()) if r > 0}
+    rate_ticks(ax, sorted(drawn))
+    return ax
+
+
+def rate_ticks(ax: Axes, rates: Sequence[float], apart: float = 0.045) -> Axes:
+    """Put plain ticks at learning rates on a logarithmic axis, labels only where they have room."""
+    if not len(rates):
+        return ax
+    low, high = np.log(ax.get_xlim())
+    kept: list[float] = []
+    for rate in rates:
+        if not kept or np.log(rate / kept[-1]) > 2 * apart * (high - low):
+            kept.append(float(rate))
+    ax.set_xticks(kept, [f"{r:g}" for r in kept])
+    ax.set_xticks([r for r in rates if r not in kept], minor=True)
+    ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
 
 

@@ -19,10 +19,12 @@ from ntklib.paths import project_root
 
 # what the numbers depend on; the rest of the package (plots, runner, ledger) may change without recomputing a run
 NUMERIC = (
+    "alignment.py",
     "checks.py",
     "curvature.py",
     "data",
     "directions.py",
+    "edge.py",
     "estimators.py",
     "filters.py",
     "fourier.py",

@@ -32,12 +32,13 @@ class Dataset:
     """Images and labels in memory.
 
     Images are float32 ``[n, channels, height, width]``, standardised per channel with mean and standard deviation of the
-    training images (as loaded, after taking the subset); labels are int64 ``[n]`` in 0..num_classes-1.
+    training images (as loaded, after taking the subset); labels are int64 ``[n]`` in 0..num_classes-1. Targets of a regression,
+    ``[n, c]``, may take the place of the training labels.
     """
 
     name: str
     x_train: Float[Tensor, "n_train channels height width"]
-    y_train: Int[Tensor, " n_train"]
+    y_train: Int[Tensor, " n_train"] | Float[Tensor, "n_train c"]
     x_test: Float[Tensor, "n_test channels height width"]
     y_test: Int[Tensor, " n_test"]
     num_classes: int

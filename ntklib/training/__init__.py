@@ -1,5 +1,6 @@
 """Training loops (generators of states), losses and schedules."""
 
+from ntklib.training.flows import central_flow, gradient_flow
 from ntklib.training.full_batch import full_batch_adamw, log_steps
 from ntklib.training.loops import gradient_descent
 from ntklib.training.losses import LOSSES, cross_entropy, half_mse, loss_by_name, one_hot, precise_cross_entropy
@@ -11,8 +12,8 @@ from ntklib.training.schedules import SCHEDULES, gradient_flow_time, learning_ra
 from ntklib.training.state import State
 
 __all__ = [
-    "LOSSES", "OPTIMIZERS", "SCHEDULES", "Replicas", "StackedMLP", "State", "accuracy", "adamw", "cross_entropy",
-    "full_batch_adamw", "gradient_descent", "gradient_flow_time", "half_mse", "learning_rate", "log_logistic_loss", "log_steps",
-    "loop_by_optimizer", "loss_by_name", "normalized_descent", "one_hot", "parameter_norm", "precise_cross_entropy",
-    "replicated_gradient_descent", "replicated_minibatches", "sgd", "steps_per_epoch",
+    "LOSSES", "OPTIMIZERS", "SCHEDULES", "Replicas", "StackedMLP", "State", "accuracy", "adamw", "central_flow", "cross_entropy",
+    "full_batch_adamw", "gradient_descent", "gradient_flow", "gradient_flow_time", "half_mse", "learning_rate",
+    "log_logistic_loss", "log_steps", "loop_by_optimizer", "loss_by_name", "normalized_descent", "one_hot", "parameter_norm",
+    "precise_cross_entropy", "replicated_gradient_descent", "replicated_minibatches", "sgd", "steps_per_epoch",
 ]  # fmt: skip
