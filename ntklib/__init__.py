@@ -78,6 +78,7 @@ _HOMES = {
     "ntklib.svm": ["SVMSolution", "svm_dual"],
     "ntklib.sweeps": ["distinct", "gather", "sweep", "variants"],
     "ntklib.training": [
+        "ExponentialAverages",
         "accuracy",
         "adamw",
         "gradient_descent",
