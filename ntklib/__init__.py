@@ -13,6 +13,17 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ntklib.averaging": [
+        "GradientBound",
+        "average_speed",
+        "descent_defect",
+        "filter_gain",
+        "gradient_bound",
+        "mode_average",
+        "mode_speed",
+        "probability_error",
+        "steady_lag",
+    ],
     "ntklib.chapters": ["Chapter", "Provenance"],
     "ntklib.claims": ["Measured", "Verdicts", "over_seeds"],
     "ntklib.curvature": ["hessian_operator", "sharpness"],

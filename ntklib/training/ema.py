@@ -58,7 +58,7 @@ class ExponentialAverages:
     def update(self) -> None:
         """Move every average towards the present parameters of the model."""
         for tau, average in zip(self.decays, self._averages, strict=True):
-            torch._foreach_lerp_(average, self._raw, 1 - tau)
+            torch._foreach_lerp_(average, self._raw, 1 - tau)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def averaged_model(self, tau: float) -> nn.Module:
