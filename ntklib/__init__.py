@@ -16,6 +16,7 @@ _HOMES = {
     "ntklib.averaging": [
         "GradientBound",
         "average_speed",
+        "descent_cosine",
         "descent_defect",
         "filter_gain",
         "gradient_bound",

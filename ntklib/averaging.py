@@ -1,6 +1,7 @@
 """What an exponential moving average of parameters does: its own steps, the gradient bound behind it, and exact cases."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,15 +63,52 @@ def gradient_bound(model: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> Gradien
         msg = f"One label per input is required. Got {len(x)} inputs and {len(y)} labels."
         raise ValueError(msg)
     trace = ntk_trace(model, x, normalize=False).mean
+    outputs, grads = _gradient(model, x, y)
+    return GradientBound(_norm(grads), math.sqrt(trace / len(x)), probability_error(outputs, y))
+
+
+def descent_cosine(model: nn.Module, x: Tensor, y: Int[Tensor, " n"], direction: Mapping[str, Tensor]) -> float:
+    r"""Cosine of the angle between a direction in parameter space and the descent of the mean cross-entropy.
+
+    .. math:: \frac{\langle d, -\nabla L \rangle}{\lVert d \rVert \lVert \nabla L \rVert}
+
+    With the model an average z^2 and d = z^1 - z^2, along which the average takes its next step, it is 1 where the average follows
+    gradient flow, as the main paper's Theorem 5.1 assumes (its equation 10).
+
+    Args:
+        model: Network in eval mode at which the gradient is taken.
+        x: Inputs, ``[n, *input]``.
+        y: Labels or pseudo-labels, ``[n]``.
+        direction: d by name of trainable parameter.
+
+    Returns:
+        The cosine; nan where the direction or the gradient is 0.
+
+    Raises:
+        ValueError: If the direction does not name the trainable parameters.
+    """
+    names = [name for name, w in model.named_parameters() if w.requires_grad]
+    if direction.keys() != set(names):
+        msg = f"direction must name the {len(names)} trainable parameters of the model. Got {len(direction)} names."
+        raise ValueError(msg)
+    _, grads = _gradient(model, x, y)
+    moves = [direction[name] for name in names]
+    size = _norm(grads) * _norm(moves)
+    inner = sum(float((d.double() * g.double()).sum()) for d, g in zip(moves, grads, strict=True))
+    return -inner / size if size else math.nan
+
+
+def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Outputs, and the gradient of the mean cross-entropy in each trainable parameter."""
+    params = [w for w in model.parameters() if w.requires_grad]
     with torch.enable_grad():
         outputs = model(x)
-        params = [w for w in model.parameters() if w.requires_grad]
-        grads = torch.autograd.grad(cross_entropy(outputs, y), params, allow_unused=True)
-    squares = [g.double().square().sum() for g in grads if g is not None]
-    return GradientBound(
-        gradient=math.sqrt(float(torch.stack(squares).sum())), scale=math.sqrt(trace / len(x)),
-        error=probability_error(outputs.detach(), y),
-    )  # fmt: skip
+        grads = torch.autograd.grad(cross_entropy(outputs, y), params, allow_unused=True, materialize_grads=True)
+    return outputs.detach(), list(grads)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
 
 
 def probability_error(outputs: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> float:

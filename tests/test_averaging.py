@@ -11,6 +11,7 @@ from torch import nn
 
 from ntklib.averaging import (
     average_speed,
+    descent_cosine,
     descent_defect,
     filter_gain,
     gradient_bound,
@@ -217,6 +218,22 @@ def test_gradient_and_factors_are_those_of_the_definition_and_the_bound_holds(ki
     assert all(w.grad is None for w in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["mlp", "resnet18"])
+def test_the_cosine_with_descent_is_that_of_the_definition(kind):
+    model, x, y = network(kind, 3)
+    jacobians = gradients_by_definition(model, x)
+    r = model(x).detach().softmax(1) - torch.eye(4, dtype=torch.float64)[y]
+    gradient = torch.einsum("icp,ic->p", jacobians, r)
+    direction = {k: torch.randn(w.shape, generator=stream(1, k), dtype=w.dtype) for k, w in model.named_parameters()}
+    d = torch.cat([v.reshape(-1) for v in direction.values()])
+    expected = -float(d @ gradient / (d.norm() * gradient.norm()))
+    assert descent_cosine(model, x, y, direction) == pytest.approx(expected, rel=1e-9)
+    pieces = gradient.split([w.numel() for w in model.parameters()])
+    downhill = {k: -3 * g.view_as(w) for (k, w), g in zip(model.named_parameters(), pieces, strict=True)}
+    assert descent_cosine(model, x, y, downhill) == pytest.approx(1, rel=1e-9)
+    assert math.isnan(descent_cosine(model, x, y, {k: 0 * v for k, v in direction.items()}))
+
+
 @pytest.mark.parametrize("copies", [1, 5])
 def test_the_bound_is_tight_for_two_opposite_outputs_on_one_point(copies):
     """f = (w x, -w x): every J_i is of rank one along (1, -1), as is p - onehot; J_i^T r_i are equal for equal examples."""
@@ -287,3 +304,5 @@ def test_other_bad_input_is_refused():
         steady_lag(0.9, "affter")
     with pytest.raises(ValueError, match="One label per input is required. Got 3 inputs and 2 labels"):
         gradient_bound(nn.Linear(2, 2), torch.zeros(3, 2), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="direction must name the 2 trainable parameters of the model. Got 1 names"):
+        descent_cosine(nn.Linear(2, 2), torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), {"weight": torch.zeros(2, 2)})

@@ -84,17 +84,22 @@ class ExponentialAverages:
         return dict(zip(self._sources, self._averages[self.decays.index(tau)], strict=True))
 
     @torch.no_grad()
-    def distance(self, tau: float) -> float:
-        """Euclidean distance between the parameters in training and their average, both at the present step (no buffers).
+    def lag(self, tau: float) -> dict[str, Tensor]:
+        """Parameters in training minus their average, both at the present step, by name; no buffers.
 
         Raises:
             ValueError: If ``tau`` is not one of the decay rates.
         """
-        averages, trained = self.averaged(tau), dict(self.model.named_parameters())
-        squares = [
-            (w.detach().double() - averages[name].double()).square().sum() for name, w in trained.items() if name in averages
-        ]
-        return math.sqrt(float(torch.stack(squares).sum()))
+        averages = self.averaged(tau)
+        return {name: w.detach() - averages[name] for name, w in self.model.named_parameters() if name in averages}
+
+    def distance(self, tau: float) -> float:
+        """Euclidean norm of the ``lag``.
+
+        Raises:
+            ValueError: If ``tau`` is not one of the decay rates.
+        """
+        return math.sqrt(sum(float(d.double().square().sum()) for d in self.lag(tau).values()))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a resumed run needs, by name: ``decays`` and ``<index of the decay rate>.<name>``."""
