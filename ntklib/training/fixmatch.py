@@ -264,7 +264,9 @@ class _Step:
         x, y = self._batch(step)
         self.model.train()
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            torch.manual_seed(stream(self.seed, "dropout", step).initial_seed())
+            # not torch.manual_seed, which without an initialised CUDA keeps a stack trace of every call
+            generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+            generator.manual_seed(stream(self.seed, "dropout", step).initial_seed())
             loss, numbers = self._losses(step, x, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
