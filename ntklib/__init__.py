@@ -29,6 +29,7 @@ _HOMES = {
     "ntklib.claims": ["Measured", "Verdicts", "over_seeds"],
     "ntklib.curvature": ["hessian_operator", "sharpness"],
     "ntklib.estimators": ["TraceEstimate", "ntk_trace"],
+    "ntklib.fixmatch_probe": ["FixMatchProbe"],
     "ntklib.fixmatch_settings": ["FixMatchSettings"],
     "ntklib.functional": ["functional_model"],
     "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"],
