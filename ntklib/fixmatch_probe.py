@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntklib.data.augment import Images
 from ntklib.data.partial import PartlyLabelled, WeakAndStrong
 from ntklib.random import stream
 
@@ -22,13 +22,13 @@ class FixMatchProbe:
 
     Attributes:
         labelled: ``[n_l, channels, height, width]``.
-        weak: ``[n_u, ...]``.
-        strong: ``[n_u, ...]``, of the same images.
+        weak: ``[n_u, channels, height, width]``.
+        strong: The same shape, of the same images.
     """
 
-    labelled: Images
-    weak: Images
-    strong: Images
+    labelled: Float[Tensor, "n_l channels height width"]
+    weak: Float[Tensor, "n_u channels height width"]
+    strong: Float[Tensor, "n_u channels height width"]
 
     @classmethod
     def draw(cls, data: PartlyLabelled, augment: WeakAndStrong, num: int, seed: int) -> "FixMatchProbe":

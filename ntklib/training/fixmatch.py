@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntklib.data.partial import PartlyLabelled, WeakAndStrong
+from ntklib.data.strong import strong_by_name
 from ntklib.models import calibrate_batch_norm
 from ntklib.random import stream
 from ntklib.text import unknown
@@ -139,6 +140,7 @@ def fixmatch(
         ValueError: If a number is out of its range or a name is unknown.
     """
     check_fixmatch(mu, threshold, lambda_u, decayed, labelled_augment)
+    strong_by_name(strong)
     optimizer = torch.optim.SGD(_groups(model, weight_decay, decayed), lr=lr, momentum=momentum, nesterov=nesterov)
     averages = None if resume else _prepared(model, data, ema_decays, ema_buffers)
     averages = averages or (ExponentialAverages(model, ema_decays, ema_buffers) if ema_decays else None)
