@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from ntklib.data.partial import PartlyLabelled, WeakAndStrong
 from ntklib.random import stream
 
-KINDS = {"labelled": "labelled, weak", "weak": "unlabelled, weak", "strong": "unlabelled, strong", "pseudo": "pseudo-labelled, strong"}
+KINDS = {
+    "labelled": "labelled, weak",
+    "weak": "unlabelled, weak",
+    "strong": "unlabelled, strong",
+    "pseudo": "pseudo-labelled, strong",
+}
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def by_hand(model: nn.Module, data, options: dict, steps: int):
         rate = options["lr"] * math.cos(7 * math.pi * step / (16 * options["steps"]))
         with torch.no_grad():
             for w, g, v in zip(model.parameters(), grads, velocity, strict=True):
-                g = g + (decay if w.ndim > 1 or options.get("decayed") == "all" else 0.0) * w  # noqa: PLW2901
+                g = g + (decay if w.ndim > 1 or options.get("decayed") == "all" else 0.0) * w
                 v.mul_(momentum).add_(g)
                 w.sub_(rate * (g + momentum * v if options.get("nesterov") else v))
         yield float(l1.detach()), float(l2.detach()), passed / (mu * b), right / passed if passed else math.nan
@@ -153,7 +153,7 @@ def test_supervised_training_never_looks_at_unlabelled_images():
 def test_with_a_threshold_no_prediction_reaches_training_is_supervised():
     ours, theirs = network(), network()
     *_, a = fixmatch(ours, partly(), **(OPTIONS | {"threshold": 1.0}))
-    *_, b = fixmatch(theirs, partly(), **(OPTIONS | {"lambda_u": 0.0}))
+    list(fixmatch(theirs, partly(), **(OPTIONS | {"lambda_u": 0.0})))
     assert a.mask_rate == 0
     assert math.isnan(a.pseudo_accuracy)
     for v, w in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -232,7 +232,9 @@ def test_dropout_depends_on_the_seed_and_leaves_the_global_generator():
 
 @pytest.mark.parametrize("step", [0, 1, 500, 1000])
 def test_the_rate_falls_along_seven_sixteenths_of_a_cosine(step):
-    assert learning_rate("cosine_7_16", 0.03, step, 1000) == pytest.approx(0.03 * math.cos(7 / 16 * math.pi * step / 1000), rel=1e-12)
+    assert learning_rate("cosine_7_16", 0.03, step, 1000) == pytest.approx(
+        0.03 * math.cos(7 / 16 * math.pi * step / 1000), rel=1e-12
+    )
 
 
 def test_the_last_rate_is_a_fifth_of_the_first():

@@ -9,7 +9,20 @@ from reference import assert_sample_mean, ntk_by_definition
 from torch import nn
 
 from ntklib import empirical_ntk
-from ntklib.models import LAYERS, MLP, NAMES, VGG, WIDE, ResNet, ViT, WideResNet, build, calibrate_batch_norm, check_name, initialize, recalibrated
+from ntklib.models import (
+    LAYERS,
+    MLP,
+    NAMES,
+    VGG,
+    ResNet,
+    ViT,
+    WideResNet,
+    build,
+    calibrate_batch_norm,
+    check_name,
+    initialize,
+    recalibrated,
+)
 from ntklib.random import stream
 
 

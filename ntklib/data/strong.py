@@ -112,7 +112,7 @@ def _each(pixels: Tensor, kind: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     index = (kind >= AFFINE).nonzero().squeeze(1)
     if len(index):
         place = index.to(pixels.device)
-        matrix = affine_matrices(kind[index], level[index], sign[index], tuple(pixels.shape[2:]))
+        matrix = affine_matrices(kind[index], level[index], sign[index], tuple(pixels.shape[2:]))  # pyright: ignore[reportArgumentType]
         out[place] = resample(pixels[place].float(), matrix, "nearest").to(torch.uint8)
     return out
 
