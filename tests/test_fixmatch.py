@@ -288,7 +288,7 @@ def test_the_probe_has_the_sets_of_the_source():
     probe = FixMatchProbe.draw(data, augment, 12, 0)
     assert [len(x) for x in (probe.labelled, probe.weak, probe.strong, probe.mixture)] == [6, 12, 12, 30]
     model = initialize(MLP(36, [], 3), "xavier", stream(0, "init"))
-    confidence = model(probe.weak).softmax(1).amax(1)
+    confidence = model(probe.weak).detach().softmax(1).amax(1)
     threshold = float(confidence.median()) + 1e-6
     sets = probe.sets(model, threshold)
     assert torch.equal(sets["pseudo"], torch.stack([s for s, q in zip(probe.strong, confidence, strict=True) if q >= threshold]))
