@@ -20,6 +20,7 @@ from ntklib.paths import project_root
 # what the numbers depend on; the rest of the package (plots, runner, ledger) may change without recomputing a run
 NUMERIC = (
     "alignment.py",
+    "averaging.py",
     "checks.py",
     "curvature.py",
     "data",
@@ -28,6 +29,7 @@ NUMERIC = (
     "estimators.py",
     "filters.py",
     "fourier.py",
+    "fixmatch_probe.py",
     "functional.py",
     "infinite.py",
     "input_noise.py",

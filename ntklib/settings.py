@@ -94,6 +94,8 @@ class SupervisedSettings(ImageSettings):
         schedule: ``"constant"`` or ``"cosine"``.
         loss: ``"cross_entropy"`` or ``"half_mse"``.
         augment: ``"none"`` or ``"crop_flip"``.
+        ema_decays: Decay rates of moving averages of the parameters that the run carries, see ``ExponentialAverages``.
+        ema_buffers: ``"copy"`` or ``"average"``, see there.
         num_probe: Training images on which the trace is measured.
         method: Trace estimator, see ``ntk_trace``.
         num_samples: Its draws.
@@ -114,6 +116,8 @@ class SupervisedSettings(ImageSettings):
     schedule: str = "constant"
     loss: str = "cross_entropy"
     augment: str = "none"
+    ema_decays: tuple[float, ...] = ()
+    ema_buffers: str = "copy"
     num_probe: Positive
     method: str = "output"
     num_samples: Positive = 1
@@ -125,13 +129,17 @@ class SupervisedSettings(ImageSettings):
         from ntklib import models
         from ntklib.data.augment import augment_by_name
         from ntklib.training import OPTIMIZERS, SCHEDULES, loss_by_name
+        from ntklib.training.ema import BUFFERS, check_decays
 
         models.check_name(self.model)
         loss_by_name(self.loss)
         augment_by_name(self.augment)
+        if self.ema_decays:
+            check_decays(self.ema_decays)
         for kind, got, known in (
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("schedule", self.schedule, SCHEDULES),
+            ("choice of buffers", self.ema_buffers, BUFFERS),
             ("method", self.method, ("exact", "output", "jvp", "perturbation")),
         ):
             if got not in known:

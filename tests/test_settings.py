@@ -34,6 +34,8 @@ def test_good_settings_are_hashable_values_with_a_resolved_device():
         ({"method": "guess"}, r"Unknown method 'guess'\."),
         ({"loss": "l2"}, r"Unknown loss 'l2'\."),
         ({"augment": "flip"}, r"Unknown augmentation 'flip'\."),
+        ({"ema_decays": [0.9, 1.0]}, r"decay rate must be in \[0, 1\).*Got 1\."),
+        ({"ema_buffers": "copie"}, r"Unknown choice of buffers 'copie'\. Did you mean 'copy'\?"),
         ({"batchsize": 8}, r"Unknown setting 'batchsize'\. Did you mean 'batch_size'\?"),
         ({"device": "gpu"}, r"device must be 'auto', 'cpu', 'cuda' or 'cuda:N'\. Got 'gpu'\."),
         ({"device": "cuda:99"}, r"device 'cuda:99' was asked for, and torch .* sees \d+ CUDA devices\. Use device='auto' or 'cpu'"),

@@ -1,5 +1,7 @@
 """Training loops (generators of states), losses and schedules."""
 
+from ntklib.training.ema import ExponentialAverages
+from ntklib.training.fixmatch import FixMatchState, fixmatch, pseudo_label_loss
 from ntklib.training.flows import central_flow, gradient_flow
 from ntklib.training.full_batch import full_batch_adamw, log_steps
 from ntklib.training.loops import gradient_descent
@@ -8,12 +10,13 @@ from ntklib.training.measure import accuracy, parameter_norm
 from ntklib.training.minibatch import OPTIMIZERS, adamw, loop_by_optimizer, sgd, steps_per_epoch
 from ntklib.training.normalized import log_logistic_loss, normalized_descent
 from ntklib.training.replicas import Replicas, StackedMLP, replicated_gradient_descent, replicated_minibatches
-from ntklib.training.schedules import SCHEDULES, gradient_flow_time, learning_rate
+from ntklib.training.schedules import SCHEDULES, gradient_flow_time, learning_rate, measured_steps
 from ntklib.training.state import State
 
 __all__ = [
-    "LOSSES", "OPTIMIZERS", "SCHEDULES", "Replicas", "StackedMLP", "State", "accuracy", "adamw", "central_flow", "cross_entropy",
-    "full_batch_adamw", "gradient_descent", "gradient_flow", "gradient_flow_time", "half_mse", "learning_rate",
-    "log_logistic_loss", "log_steps", "loop_by_optimizer", "loss_by_name", "normalized_descent", "one_hot", "parameter_norm",
-    "precise_cross_entropy", "replicated_gradient_descent", "replicated_minibatches", "sgd", "steps_per_epoch",
+    "LOSSES", "OPTIMIZERS", "SCHEDULES", "ExponentialAverages", "FixMatchState", "Replicas", "StackedMLP", "State", "accuracy",
+    "adamw", "central_flow", "cross_entropy", "fixmatch", "full_batch_adamw", "gradient_descent", "gradient_flow",
+    "gradient_flow_time", "half_mse", "learning_rate", "log_logistic_loss", "log_steps", "loop_by_optimizer", "loss_by_name",
+    "measured_steps", "normalized_descent", "one_hot", "parameter_norm", "precise_cross_entropy", "pseudo_label_loss",
+    "replicated_gradient_descent", "replicated_minibatches", "sgd", "steps_per_epoch",
 ]  # fmt: skip

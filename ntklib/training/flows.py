@@ -224,7 +224,7 @@ class _Flow:
         if step > self.last and measured:
             for name, new in unflatten_params(self.w if w is None else w, self.params).items():
                 self.params[name].copy_(new)  # views of the model's parameters
-            yield FlowState(step, time, self.model, float(value), lr, None, total, not finite, extra)
+            yield FlowState(step, time, self.model, float(value), lr, None, total, not finite, extra=extra)
 
 
 def _bogacki_shampine(slope: Slope, w: Tensor, k1: Tensor, h: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

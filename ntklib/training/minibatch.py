@@ -1,6 +1,6 @@
 """Training on mini-batches as generators of states: they yield before each measured step, never print and never save."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +12,7 @@ from ntklib.data.datasets import Dataset
 from ntklib.models import calibrate_batch_norm
 from ntklib.random import stream
 from ntklib.text import unknown
+from ntklib.training.ema import ExponentialAverages
 from ntklib.training.losses import loss_by_name
 from ntklib.training.schedules import learning_rate
 from ntklib.training.state import State
@@ -33,6 +34,8 @@ def sgd(
     loss: str = "cross_entropy",
     augment: str = "none",
     seed: int = 0,
+    ema_decays: Sequence[float] = (),
+    ema_buffers: str = "copy",
     measure_at: Collection[int] | None = None,
     resume: Checkpoint | None = None,
 ) -> Iterator[State]:
@@ -60,6 +63,9 @@ def sgd(
         loss: See ``ntklib.training.losses``.
         augment: See ``ntklib.data.augment``.
         seed: Seed of batches, augmentation and dropout.
+        ema_decays: Decay rates of moving averages of the parameters, updated after each step, see ``ExponentialAverages``. They
+            do not change training.
+        ema_buffers: What the averaged networks take for buffers, see there.
         measure_at: Steps at which to yield. Default: 0 and every epoch's end.
         resume: A step and its ``State.tensors()``: continue after that state, which is not yielded again.
 
@@ -68,7 +74,7 @@ def sgd(
         (``diverged``) the loop ends.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    order = _Order(lr, batch_size, epochs, schedule, loss, augment, seed)
+    order = _Order(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
     yield from _minibatches(model, data, optimizer, order, measure_at, resume)
 
 
@@ -87,6 +93,8 @@ def adamw(
     loss: str = "cross_entropy",
     augment: str = "none",
     seed: int = 0,
+    ema_decays: Sequence[float] = (),
+    ema_buffers: str = "copy",
     measure_at: Collection[int] | None = None,
     resume: Checkpoint | None = None,
 ) -> Iterator[State]:
@@ -101,7 +109,7 @@ def adamw(
     """
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     optimizer = kind(model.parameters(), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
-    order = _Order(lr, batch_size, epochs, schedule, loss, augment, seed)
+    order = _Order(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
     yield from _minibatches(model, data, optimizer, order, measure_at, resume)
 
 
@@ -132,6 +140,8 @@ class _Order:
     loss: str
     augment: str
     seed: int
+    ema_decays: tuple[float, ...]
+    ema_buffers: str
 
 
 def _minibatches(
@@ -150,9 +160,11 @@ def _minibatches(
     def rate(step: int) -> float:
         return learning_rate(order.schedule, order.lr, step, total)
 
-    state = State(0, 0.0, model, float("nan"), rate(0), optimizer, total)
     if resume is None:
         calibrate_batch_norm(model, data.x_train)
+    averages = ExponentialAverages(model, order.ema_decays, order.ema_buffers) if order.ema_decays else None
+    state = State(0, 0.0, model, float("nan"), rate(0), optimizer, total, averages=averages)
+    if resume is None:
         if 0 in measured:
             model.eval()
             yield state
@@ -170,11 +182,13 @@ def _minibatches(
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         running, since = running + _step(model, optimizer, loss_fn, x, y, seed, step), since + 1
+        if averages is not None:
+            averages.update()
         if step + 1 in measured:
             value = float(running) / since
             finite = bool(torch.isfinite(running)) and all(bool(w.isfinite().all()) for w in model.parameters())
             model.eval()
-            state = State(step + 1, (step + 1) / per_epoch, model, value, rate(step + 1), optimizer, total, not finite)
+            state = State(step + 1, (step + 1) / per_epoch, model, value, rate(step + 1), optimizer, total, not finite, averages)
             yield state
             if not finite:
                 return

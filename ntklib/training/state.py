@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn, optim
 
+from ntklib.training.ema import ExponentialAverages
+
 
 @dataclass
 class State:
@@ -19,6 +21,7 @@ class State:
         optimizer: The optimizer, whose state a checkpoint holds.
         total_steps: Steps of the whole run.
         diverged: Whether a loss or a parameter has stopped being finite; the loop ends after such a state.
+        averages: Moving averages of the parameters at this step, where the loop was asked for some.
     """
 
     step: int
@@ -29,19 +32,24 @@ class State:
     optimizer: optim.Optimizer | None = None
     total_steps: int = 0
     diverged: bool = False
+    averages: ExponentialAverages | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors a resumed run needs, by name: ``model.<name>`` and ``optimizer.<index>.<slot>``."""
+        """All tensors a resumed run needs, by name: ``model.<name>``, ``optimizer.<index>.<slot>`` and ``average.<...>``."""
         out = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.optimizer is not None:
             for index, slots in self.optimizer.state_dict()["state"].items():
                 out |= {f"optimizer.{index}.{k}": v for k, v in slots.items() if isinstance(v, Tensor)}
+        if self.averages is not None:
+            out |= {f"average.{k}": v for k, v in self.averages.tensors().items()}
         return out
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load what ``tensors`` returned into the model and optimizer of this state."""
+        """Load what ``tensors`` returned into the model, the optimizer and the averages of this state."""
         model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         self.model.load_state_dict(model)
+        if self.averages is not None:
+            self.averages.restore({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
         if self.optimizer is None:
             return
         slots: dict[int, dict[str, Tensor]] = {}
