@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ntklib.averaging": [
         "GradientBound",
+        "average_path",
         "average_speed",
         "descent_cosine",
         "descent_defect",

@@ -122,6 +122,32 @@ def probability_error(outputs: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> fl
     return float((one_hot(y, outputs.shape[1], outputs.dtype) - outputs.softmax(1)).square().sum(1).mean().sqrt())
 
 
+def average_path(path: np.ndarray, tau: float, update: str = AFTER) -> np.ndarray:
+    r"""Average a path of parameters step by step, from the common start z^2_0 = z^1_0.
+
+    .. math:: z^2_{n+1} = \tau z^2_n + (1 - \tau) z^1_{n+1} \text{ (after the step)}, \qquad
+        z^2_{n+1} = \tau z^2_n + (1 - \tau) z^1_n \text{ (before it)}
+
+    Args:
+        path: z^1 after 0, 1, ... steps, ``[steps + 1, *shape]``.
+        tau: Decay rate in (0, 1).
+        update: ``"after"`` the optimizer's step, as ``ExponentialAverages``, or ``"before"`` it, as the main paper prints.
+
+    Returns:
+        z^2, of the shape of ``path``.
+
+    Raises:
+        ValueError: If tau is outside (0, 1) or the update is unknown.
+    """
+    _check(tau)
+    _check_update(update)
+    path = np.asarray(path, dtype=float)
+    averages = [path[0]]
+    for target in path[1:] if update == AFTER else path[:-1]:
+        averages.append(tau * averages[-1] + (1 - tau) * target)
+    return np.array(averages)
+
+
 def average_speed(distance: float, tau: float) -> float:
     r"""Length of the last step of an average, from its distance to the parameters.
 
@@ -158,8 +184,7 @@ def steady_lag(tau: float, update: str = AFTER) -> float:
         ValueError: If tau is outside (0, 1) or the update is unknown.
     """
     _check(tau)
-    if update not in (AFTER, BEFORE):
-        raise ValueError(unknown("update", update, (AFTER, BEFORE)))
+    _check_update(update)
     return (tau if update == AFTER else 1.0) / (1 - tau)
 
 
@@ -267,3 +292,8 @@ def _check(tau: float) -> None:
     if not 0 < tau < 1:
         msg = f"A decay rate between 0 and 1, both excluded, is required. Got {tau:g}."
         raise ValueError(msg)
+
+
+def _check_update(update: str) -> None:
+    if update not in (AFTER, BEFORE):
+        raise ValueError(unknown("update", update, (AFTER, BEFORE)))

@@ -10,6 +10,7 @@ from reference import gradients_by_definition
 from torch import nn
 
 from ntklib.averaging import (
+    average_path,
     average_speed,
     descent_cosine,
     descent_defect,
@@ -67,7 +68,9 @@ def test_with_the_printed_update_the_factor_of_the_next_step_lacks_the_division_
 
 def test_the_printed_average_is_the_other_one_a_step_late():
     path = random_path()
-    assert np.array_equal(printed_averages(path, 0.9)[1:], averages(path, 0.9)[:-1])
+    assert np.array_equal(average_path(path, 0.9, "before")[1:], average_path(path, 0.9)[:-1])
+    np.testing.assert_allclose(average_path(path, 0.9), averages(path, 0.9), rtol=1e-15)
+    np.testing.assert_allclose(average_path(path, 0.9, "before"), printed_averages(path, 0.9), rtol=1e-15)
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.9])
@@ -287,7 +290,7 @@ def test_a_perfect_fit_has_no_gradient_and_no_tightness():
 def test_decay_rates_outside_their_range_are_refused(tau):
     n = np.arange(3)
     calls = (
-        lambda: average_speed(1.0, tau), lambda: steady_lag(tau), lambda: mode_average(0.5, tau, n),
+        lambda: average_path(n, tau), lambda: average_speed(1.0, tau), lambda: steady_lag(tau), lambda: mode_average(0.5, tau, n),
         lambda: mode_speed(0.5, tau, n), lambda: descent_defect(tau, n), lambda: filter_gain(tau, n),
     )  # fmt: skip
     for call in calls:
@@ -302,6 +305,8 @@ def test_other_bad_input_is_refused():
         mode_speed(-0.5, 0.9, np.arange(2))
     with pytest.raises(ValueError, match="update.*'affter'"):
         steady_lag(0.9, "affter")
+    with pytest.raises(ValueError, match="update.*'befor'"):
+        average_path(np.arange(3), 0.9, "befor")
     with pytest.raises(ValueError, match="One label per input is required. Got 3 inputs and 2 labels"):
         gradient_bound(nn.Linear(2, 2), torch.zeros(3, 2), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="direction must name the 2 trainable parameters of the model. Got 1 names"):
