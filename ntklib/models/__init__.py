@@ -14,15 +14,16 @@ from ntklib.models.outline import Part, inner_outputs, outline, part_of
 from ntklib.models.resnet import LAYERS, ResNet
 from ntklib.models.vgg import STAGES, VGG
 from ntklib.models.vit import ViT
+from ntklib.models.wide_resnet import WIDE, WideResNet
 from ntklib.random import stream
 from ntklib.text import unknown
 
 __all__ = [
-    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "Part", "ResNet", "ViT", "between", "build",
+    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "WIDE", "Part", "ResNet", "ViT", "WideResNet", "between", "build",
     "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated",
 ]  # fmt: skip
 
-NAMES = ("mlp", *STAGES, *LAYERS, "vit")
+NAMES = ("mlp", *STAGES, *LAYERS, *WIDE, "vit")
 
 
 def check_name(name: str) -> None:
@@ -39,7 +40,8 @@ def build(
     Args:
         name: ``"mlp"`` (two hidden ReLU layers of ``width`` units); ``"cnn"``, ``"vgg11"``, ``"vgg16"``, ``"resnet18"``,
             ``"resnet34"``, ``"resnet50"``, ``"resnet101"`` (first stage with ``width`` channels; 64 is the standard network);
-            ``"vit"`` (tokens of dimension ``width``, a multiple of 4).
+            ``"wrn10_2"``, ``"wrn16_2"``, ``"wrn28_2"`` (the same; 32 is the standard network); ``"vit"`` (tokens of dimension
+            ``width``, a multiple of 4).
         input_shape: Shape of one input, ``(channels, height, width)`` for all but the multilayer perceptron.
         num_classes: Outputs c.
         width: See ``name``.
@@ -63,7 +65,7 @@ def build(
             channels, rows, columns = input_shape
             model = ViT(input_shape=(channels, rows, columns), num_classes=num_classes, width=width)
         else:
-            kind = VGG if name in STAGES else ResNet
+            kind = VGG if name in STAGES else WideResNet if name in WIDE else ResNet
             model = kind(name, in_channels=input_shape[0], num_classes=num_classes, width=width)
     # channels last: convolutions train a third faster
     return initialize(model, init, stream(seed, "init")).to(memory_format=torch.channels_last)

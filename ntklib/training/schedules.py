@@ -6,14 +6,21 @@ import numpy as np
 
 from ntklib.text import unknown
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "cosine_7_16")
 
 
 def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> float:
-    r"""Learning rate of step ``step`` (0-based): ``lr``, or the half cosine ``lr/2 (1 + cos(pi step/total_steps))``.
+    r"""Learning rate of step ``step`` (0-based) of ``total_steps``.
 
-    The cosine is updated every step, falls from ``lr`` to nearly 0 and has no warm-up or restart (Loshchilov & Hutter 2017,
-    arXiv:1608.03983v5, Eq. 5 with one period).
+    ============== =======================================================================================================
+    constant       ``lr``
+    cosine         ``lr/2 (1 + cos(pi step/total_steps))``: falls to nearly 0; one period without restart (Loshchilov &
+                   Hutter 2017, arXiv:1608.03983v5, Eq. 5)
+    cosine_7_16    ``lr cos(7 pi step/(16 total_steps))``: falls to nearly 0.195 lr (Sohn et al. 2020, arXiv:2001.07685v2,
+                   section 2.4)
+    ============== =======================================================================================================
+
+    All are updated every step and have no warm-up.
 
     Raises:
         ValueError: If the schedule is unknown.
@@ -22,6 +29,8 @@ def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> floa
         raise ValueError(unknown("schedule", schedule, SCHEDULES))
     if schedule == "constant":
         return lr
+    if schedule == "cosine_7_16":
+        return lr * math.cos(7 * math.pi * step / (16 * total_steps))
     return 0.5 * lr * (1 + math.cos(math.pi * step / total_steps))
 
 
@@ -49,3 +58,18 @@ def gradient_flow_time(schedule: str, lr: float, momentum: float, total_steps: i
     steps = np.arange(total_steps)
     rates = np.array([learning_rate(schedule, lr, int(s), total_steps) for s in steps])
     return np.concatenate([[0.0], np.cumsum(rates * (1 - momentum ** (steps + 1)) / (1 - momentum))])
+
+
+def measured_steps(steps: int, every: int, early: int = 0) -> list[int]:
+    """Return steps at which to measure: 0, the multiples of ``every``, the last one, and ``early`` between 0 and ``every``.
+
+    The early ones are spaced evenly on a logarithmic axis and rounded down; those that coincide count once.
+
+    Raises:
+        ValueError: If ``steps`` or ``every`` is below 1, or ``early`` below 0.
+    """
+    if steps < 1 or every < 1 or early < 0:
+        msg = f"steps and every must be at least 1, early at least 0. Got {steps}, {every} and {early}."
+        raise ValueError(msg)
+    first = {int(every ** (k / early)) for k in range(early)}
+    return sorted(s for s in {0, steps, *range(0, steps, every), *first} if s <= steps)
