@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ntklib.data.partial import PartlyLabelled, WeakAndStrong
 from ntklib.estimators import ntk_trace
+from ntklib.random import stream
 from ntklib.text import unknown
 from ntklib.training.losses import cross_entropy, one_hot
 
@@ -67,12 +69,44 @@ def gradient_bound(model: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> Gradien
     return GradientBound(_norm(grads), math.sqrt(trace / len(x)), probability_error(outputs, y))
 
 
+@torch.no_grad()
+def training_pairs(
+    model: nn.Module, data: PartlyLabelled, augment: WeakAndStrong, num: int, threshold: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Draw the pairs of images and labels or pseudo-labels that FixMatch trains a network on.
+
+    ``num`` weakly augmented labelled images (each about as often as the others), and, of ``num`` unlabelled ones, those strongly
+    augmented whose weakly augmented version the network is sure of, with its pseudo-labels. As many are drawn of either kind, the
+    sum of their cross-entropies over ``num`` estimates FixMatch's loss with equal weights (lambda_u = 1). The draws depend on the
+    seed alone, the mask and the pseudo-labels on the network.
+
+    Args:
+        model: Network in eval mode.
+        data: Images.
+        augment: Weak and strong augmentation.
+        num: How many of either kind; more unlabelled images than there are are not drawn.
+        threshold: Probability from which on a pseudo-label counts; above 1 there is none, as in supervised training.
+        seed: Seed of images and augmentations.
+
+    Returns:
+        Inputs ``[n, channels, height, width]`` and labels ``[n]``, with n between ``num`` and ``2 * num``.
+    """
+    draws = lambda use: stream(seed, "pairs", use)  # noqa: E731
+    index = torch.arange(num, device=data.y_labelled.device) % len(data.y_labelled)
+    chosen = torch.randperm(len(data.x_unlabelled), generator=draws("images"))[:num].to(data.x_unlabelled.device)
+    images = data.x_unlabelled[chosen]
+    confidence, labels = model(augment.weak(images, draws("weak"))).softmax(1).max(1)
+    sure = confidence >= threshold
+    x = torch.cat([augment.weak(data.x_labelled[index], draws("labelled")), augment.strong(images, draws("strong"))[sure]])
+    return x, torch.cat([data.y_labelled[index], labels[sure]])
+
+
 def descent_cosine(model: nn.Module, x: Tensor, y: Int[Tensor, " n"], direction: Mapping[str, Tensor]) -> float:
     r"""Cosine of the angle between a direction in parameter space and the descent of the mean cross-entropy.
 
     .. math:: \frac{\langle d, -\nabla L \rangle}{\lVert d \rVert \lVert \nabla L \rVert}
 
-    With the model an average z^2 and d = z^1 - z^2, along which the average takes its next step, it is 1 where the average follows
+    With the model an average z^2 and d = z^1 - z^2, the direction of the average's last step, it is 1 where the average follows
     gradient flow, as the main paper's Theorem 5.1 assumes (its equation 10).
 
     Args:

@@ -241,3 +241,37 @@ def pairwise_distances(history: pd.DataFrame, split: str, steps: Sequence[int]) 
                 raise ValueError(msg)
             matrix[i, j] = matrix[j, i] = found[pair]
     return matrix
+
+
+@dataclass(frozen=True)
+class FallAndRise:
+    """How far a positive quantity falls to its minimum and rises from there.
+
+    Attributes:
+        minimum_at: Time of the minimum as a fraction of the last time; the first of equals.
+        fall: Logarithm of the first value over the minimum, at least 0.
+        rise: Logarithm of the last value over the minimum, at least 0.
+    """
+
+    minimum_at: float
+    fall: float
+    rise: float
+
+
+def fall_and_rise(step: Sequence[float], value: Sequence[float], last: float) -> FallAndRise:
+    """Measure the fall and the rise of a positive quantity.
+
+    Args:
+        step: Ascending times.
+        value: Positive quantity at these times.
+        last: Duration of the whole run, in the unit of ``step``.
+
+    Raises:
+        ValueError: If lengths differ, there is no value, or one is not positive and finite.
+    """
+    t, v = np.asarray(step, dtype=float), np.asarray(value, dtype=float)
+    if not len(t) == len(v) >= 1:
+        msg = f"step and value must have the same length, at least 1. Got {len(t)} and {len(v)}."
+        raise ValueError(msg)
+    log, low = _log(v), int(np.argmin(v))
+    return FallAndRise(float(t[low] / last), float(log[0] - log[low]), float(log[-1] - log[low]))

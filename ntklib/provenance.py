@@ -26,6 +26,7 @@ NUMERIC = (
     "directions.py",
     "estimators.py",
     "filters.py",
+    "fixmatch_probe.py",
     "functional.py",
     "infinite.py",
     "kernels",

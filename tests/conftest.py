@@ -23,6 +23,7 @@ NUMERIC = (
     "directions",
     "estimators",
     "filters",
+    "fixmatch_probe",
     "functional",
     "infinite",
     *(

@@ -20,7 +20,9 @@ from ntklib.averaging import (
     mode_speed,
     probability_error,
     steady_lag,
+    training_pairs,
 )
+from ntklib.data import WeakAndStrong, hide_labels, load
 from ntklib.models import MLP, build, calibrate_batch_norm, initialize
 from ntklib.random import stream
 
@@ -235,6 +237,24 @@ def test_the_cosine_with_descent_is_that_of_the_definition(kind):
     downhill = {k: -3 * g.view_as(w) for (k, w), g in zip(model.named_parameters(), pieces, strict=True)}
     assert descent_cosine(model, x, y, downhill) == pytest.approx(1, rel=1e-9)
     assert math.isnan(descent_cosine(model, x, y, {k: 0 * v for k, v in direction.items()}))
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 2.0])
+def test_training_pairs_are_labelled_images_and_those_with_a_sure_pseudo_label(threshold):
+    images = hide_labels(load("digits", num_train=60, num_test=10), 10)
+    augment = WeakAndStrong(images.black, images.white, 1, False, "geometric")
+    model = build("mlp", input_shape=images.input_shape, num_classes=10, width=8, init="he").eval()
+    x, y = training_pairs(model, images, augment, 30, threshold, 5)
+    again, _ = training_pairs(model, images, augment, 30, threshold, 5)
+    assert torch.equal(x, again)
+    assert torch.equal(y[:30], images.y_labelled.repeat(3))
+    chosen = images.x_unlabelled[torch.randperm(50, generator=stream(5, "pairs", "images"))[:30]]
+    p = model(augment.weak(chosen, stream(5, "pairs", "weak"))).softmax(1)
+    strong = augment.strong(chosen, stream(5, "pairs", "strong"))
+    sure = [i for i in range(30) if float(p[i].max()) >= threshold]
+    assert len(sure) == {0.1: 30, 2.0: 0}.get(threshold, len(sure))
+    assert y[30:].tolist() == [int(p[i].argmax()) for i in sure]
+    assert torch.equal(x[30:], strong[sure])
 
 
 @pytest.mark.parametrize("copies", [1, 5])

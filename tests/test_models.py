@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torchvision
-from reference import assert_sample_mean
+from reference import assert_sample_mean, ntk_by_definition
 from torch import nn
 
-from ntklib.models import LAYERS, MLP, NAMES, VGG, ResNet, ViT, build, calibrate_batch_norm, check_name, initialize, recalibrated
+from ntklib import empirical_ntk
+from ntklib.models import LAYERS, MLP, NAMES, VGG, WIDE, ResNet, ViT, WideResNet, build, calibrate_batch_norm, check_name, initialize, recalibrated
 from ntklib.random import stream
 
 
@@ -27,6 +28,46 @@ def test_residual_networks_have_the_standard_number_of_parameters(name, count):
     with torch.device("meta"):
         model = ResNet(name, in_channels=3, num_classes=10, width=64)
     assert sum(w.numel() for w in model.parameters()) == count
+
+
+@pytest.mark.parametrize(("name", "count"), [("wrn28_2", 1_467_610), ("wrn16_2", 691_674), ("wrn10_2", 303_706)])
+def test_wide_networks_have_the_number_of_parameters_of_public_code(name, count):
+    with torch.device("meta"):
+        model = WideResNet(name, in_channels=3, num_classes=10, width=32)
+    assert sum(w.numel() for w in model.parameters()) == count
+
+
+def test_a_wide_network_is_normalisations_leaky_rectifiers_and_convolutions_by_hand():
+    model, h = make("wrn10_2").double().eval(), normal(2, 3, 8, 8)
+    conv = torch.nn.functional.conv2d
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.weight, generator=stream(1, "w"))
+            m.running_mean.normal_(generator=stream(2, "w"))
+    a = lambda z, m: (lambda u: torch.where(u > 0, u, 0.1 * u))(  # noqa: E731
+        (z - m.running_mean[:, None, None]) / (m.running_var[:, None, None] + m.eps).sqrt() * m.weight[:, None, None]
+        + m.bias[:, None, None]
+    )
+    x = h
+    h = conv(h, model.stem.weight, padding=1)
+    for k, block in enumerate((model.stage1[0], model.stage2[0], model.stage3[0])):
+        stride = 1 if k == 0 else 2
+        inner = a(h, block.norm1)
+        start = inner if k == 0 else h
+        inner = conv(a(conv(inner, block.conv1.weight, stride=stride, padding=1), block.norm2), block.conv2.weight, padding=1)
+        h = inner + conv(start, block.shortcut.weight, stride=stride)
+    expected = a(h, model.norm).mean((2, 3)) @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)  # reordered sums
+    assert len(model.stage1) == 1
+    assert [len(s) for s in (make("wrn28_2").stage1, make("wrn16_2").stage3)] == [4, 2]
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.001}
+
+
+def test_the_kernel_of_a_wide_network_is_that_of_the_definition():
+    model = build("wrn10_2", input_shape=(1, 5, 5), num_classes=2, width=2).double()
+    x = normal(3, 1, 5, 5)
+    calibrate_batch_norm(model, x).eval()
+    torch.testing.assert_close(empirical_ntk(model, x), ntk_by_definition(model, x, x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,6 +315,7 @@ def test_calibration_changes_nothing_without_batch_normalisation():
     [
         (lambda: check_name("resnet19"), "Unknown model 'resnet19'. Did you mean 'resnet1"),
         (lambda: make("mpl"), "Unknown model 'mpl'. Did you mean 'mlp'.*Known: cnn, mlp, resnet101"),
+        (lambda: make("wrn28_2", width=5), "width of wrn28_2 must be a multiple of its widening factor 2. Got 5"),
         (lambda: make("vit", width=6), "width of vit must be a multiple of its 4 heads. Got 6"),
         (lambda: build("vit", input_shape=(8, 8), num_classes=2, width=4), r"images of shape.*\(8, 8\)"),
         (lambda: make("mlp", init="xavjer"), "Unknown initialization 'xavjer'. Did you mean 'xavier'"),

@@ -34,7 +34,12 @@ def weak(x: Images, generator: torch.Generator, padding: int, flip: bool) -> Ima
     return window(F.pad(x, [padding] * 4, mode="reflect"), shift, coin, x.shape[2:]) if padding or flip else x
 
 
-def window(padded: Images, corner: Int[Tensor, "n 2"], flip: Bool[Tensor, " n"], size: tuple[int, ...]) -> Images:
+def window(
+    padded: Float[Tensor, "n channels rows columns"],
+    corner: Int[Tensor, "n 2"],
+    flip: Bool[Tensor, " n"],
+    size: tuple[int, ...],
+) -> Images:
     """Cut a window of ``size`` out of each image at its own corner (row, column), mirrored left-right where ``flip``."""
     device, (h, w) = padded.device, size
     corner, flip = corner.to(device), flip.to(device)

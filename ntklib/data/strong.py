@@ -145,13 +145,14 @@ def affine_matrices(kind: Tensor, level: Tensor, sign: Tensor, size: tuple[int, 
     by = {name: kind == k for k, name in enumerate(OPERATIONS)}
     angle = torch.where(by["rotate"], sign * (3 * level), 0).double().deg2rad()
     amount = 0.03 * level * sign
+    pixels = lambda side: sign * (3 * level * side // 100)  # noqa: E731
     matrix = torch.zeros(len(kind), 2, 3, dtype=torch.float64)
     matrix[:, 0, 0] = matrix[:, 1, 1] = torch.cos(angle)
     matrix[:, 0, 1] = -torch.sin(angle) * h / w + torch.where(by["shear_x"], amount, 0.0) * h / w
     matrix[:, 1, 0] = torch.sin(angle) * w / h + torch.where(by["shear_y"], amount, 0.0) * w / h
     # a shear leaves the upper left corner, not the centre, where it is
-    matrix[:, 0, 2] = torch.where(by["translate_x"], 2 * (amount * w).trunc() / w, torch.where(by["shear_x"], amount, 0.0) * h / w)
-    matrix[:, 1, 2] = torch.where(by["translate_y"], 2 * (amount * h).trunc() / h, torch.where(by["shear_y"], amount, 0.0) * w / h)
+    matrix[:, 0, 2] = torch.where(by["translate_x"], 2 * pixels(w) / w, torch.where(by["shear_x"], amount, 0.0) * h / w)
+    matrix[:, 1, 2] = torch.where(by["translate_y"], 2 * pixels(h) / h, torch.where(by["shear_y"], amount, 0.0) * w / h)
     return matrix.float()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntklib.data.partial import PartlyLabelled, WeakAndStrong
+from ntklib.data.strong import strong_by_name
 from ntklib.models import calibrate_batch_norm
 from ntklib.random import stream
 from ntklib.text import unknown
@@ -139,6 +140,7 @@ def fixmatch(
         ValueError: If a number is out of its range or a name is unknown.
     """
     check_fixmatch(mu, threshold, lambda_u, decayed, labelled_augment)
+    strong_by_name(strong)
     optimizer = torch.optim.SGD(_groups(model, weight_decay, decayed), lr=lr, momentum=momentum, nesterov=nesterov)
     averages = None if resume else _prepared(model, data, ema_decays, ema_buffers)
     averages = averages or (ExponentialAverages(model, ema_decays, ema_buffers) if ema_decays else None)
@@ -264,7 +266,9 @@ class _Step:
         x, y = self._batch(step)
         self.model.train()
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            torch.manual_seed(stream(self.seed, "dropout", step).initial_seed())
+            # not torch.manual_seed, which without an initialised CUDA keeps a stack trace of every call
+            generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+            generator.manual_seed(stream(self.seed, "dropout", step).initial_seed())
             loss, numbers = self._losses(step, x, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
