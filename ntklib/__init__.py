@@ -16,6 +16,7 @@ _HOMES = {
     "ntklib.alignment": ["alignment_change", "at_loss", "block_bootstrap", "network_modes", "rank_correlation", "target_modes"],
     "ntklib.averaging": [
         "GradientBound",
+        "average_path",
         "average_speed",
         "descent_cosine",
         "descent_defect",
@@ -25,6 +26,7 @@ _HOMES = {
         "mode_speed",
         "probability_error",
         "steady_lag",
+        "training_pairs",
     ],
     "ntklib.chapters": ["Chapter", "Provenance"],
     "ntklib.claims": ["Measured", "Verdicts", "over_seeds"],

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ntklib.data.partial import PartlyLabelled, WeakAndStrong
 from ntklib.estimators import ntk_trace
+from ntklib.random import stream
 from ntklib.text import unknown
 from ntklib.training.losses import cross_entropy, one_hot
 
@@ -67,12 +69,44 @@ def gradient_bound(model: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> Gradien
     return GradientBound(_norm(grads), math.sqrt(trace / len(x)), probability_error(outputs, y))
 
 
+@torch.no_grad()
+def training_pairs(
+    model: nn.Module, data: PartlyLabelled, augment: WeakAndStrong, num: int, threshold: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Draw the pairs of images and labels or pseudo-labels that FixMatch trains a network on.
+
+    ``num`` weakly augmented labelled images (each about as often as the others), and, of ``num`` unlabelled ones, those strongly
+    augmented whose weakly augmented version the network is sure of, with its pseudo-labels. As many are drawn of either kind, the
+    sum of their cross-entropies over ``num`` estimates FixMatch's loss with equal weights (lambda_u = 1). The draws depend on the
+    seed alone, the mask and the pseudo-labels on the network.
+
+    Args:
+        model: Network in eval mode.
+        data: Images.
+        augment: Weak and strong augmentation.
+        num: How many of either kind; more unlabelled images than there are are not drawn.
+        threshold: Probability from which on a pseudo-label counts; above 1 there is none, as in supervised training.
+        seed: Seed of images and augmentations.
+
+    Returns:
+        Inputs ``[n, channels, height, width]`` and labels ``[n]``, with n between ``num`` and ``2 * num``.
+    """
+    draws = lambda use: stream(seed, "pairs", use)  # noqa: E731
+    index = torch.arange(num, device=data.y_labelled.device) % len(data.y_labelled)
+    chosen = torch.randperm(len(data.x_unlabelled), generator=draws("images"))[:num].to(data.x_unlabelled.device)
+    images = data.x_unlabelled[chosen]
+    confidence, labels = model(augment.weak(images, draws("weak"))).softmax(1).max(1)
+    sure = confidence >= threshold
+    x = torch.cat([augment.weak(data.x_labelled[index], draws("labelled")), augment.strong(images, draws("strong"))[sure]])
+    return x, torch.cat([data.y_labelled[index], labels[sure]])
+
+
 def descent_cosine(model: nn.Module, x: Tensor, y: Int[Tensor, " n"], direction: Mapping[str, Tensor]) -> float:
     r"""Cosine of the angle between a direction in parameter space and the descent of the mean cross-entropy.
 
     .. math:: \frac{\langle d, -\nabla L \rangle}{\lVert d \rVert \lVert \nabla L \rVert}
 
-    With the model an average z^2 and d = z^1 - z^2, along which the average takes its next step, it is 1 where the average follows
+    With the model an average z^2 and d = z^1 - z^2, the direction of the average's last step, it is 1 where the average follows
     gradient flow, as the main paper's Theorem 5.1 assumes (its equation 10).
 
     Args:
@@ -122,6 +156,32 @@ def probability_error(outputs: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> fl
     return float((one_hot(y, outputs.shape[1], outputs.dtype) - outputs.softmax(1)).square().sum(1).mean().sqrt())
 
 
+def average_path(path: np.ndarray, tau: float, update: str = AFTER) -> np.ndarray:
+    r"""Average a path of parameters step by step, from the common start z^2_0 = z^1_0.
+
+    .. math:: z^2_{n+1} = \tau z^2_n + (1 - \tau) z^1_{n+1} \text{ (after the step)}, \qquad
+        z^2_{n+1} = \tau z^2_n + (1 - \tau) z^1_n \text{ (before it)}
+
+    Args:
+        path: z^1 after 0, 1, ... steps, ``[steps + 1, *shape]``.
+        tau: Decay rate in (0, 1).
+        update: ``"after"`` the optimizer's step, as ``ExponentialAverages``, or ``"before"`` it, as the main paper prints.
+
+    Returns:
+        z^2, of the shape of ``path``.
+
+    Raises:
+        ValueError: If tau is outside (0, 1) or the update is unknown.
+    """
+    _check(tau)
+    _check_update(update)
+    path = np.asarray(path, dtype=float)
+    averages = [path[0]]
+    for target in path[1:] if update == AFTER else path[:-1]:
+        averages.append(tau * averages[-1] + (1 - tau) * target)
+    return np.array(averages)
+
+
 def average_speed(distance: float, tau: float) -> float:
     r"""Length of the last step of an average, from its distance to the parameters.
 
@@ -158,8 +218,7 @@ def steady_lag(tau: float, update: str = AFTER) -> float:
         ValueError: If tau is outside (0, 1) or the update is unknown.
     """
     _check(tau)
-    if update not in (AFTER, BEFORE):
-        raise ValueError(unknown("update", update, (AFTER, BEFORE)))
+    _check_update(update)
     return (tau if update == AFTER else 1.0) / (1 - tau)
 
 
@@ -267,3 +326,8 @@ def _check(tau: float) -> None:
     if not 0 < tau < 1:
         msg = f"A decay rate between 0 and 1, both excluded, is required. Got {tau:g}."
         raise ValueError(msg)
+
+
+def _check_update(update: str) -> None:
+    if update not in (AFTER, BEFORE):
+        raise ValueError(unknown("update", update, (AFTER, BEFORE)))

@@ -10,6 +10,7 @@ from reference import gradients_by_definition
 from torch import nn
 
 from ntklib.averaging import (
+    average_path,
     average_speed,
     descent_cosine,
     descent_defect,
@@ -19,7 +20,9 @@ from ntklib.averaging import (
     mode_speed,
     probability_error,
     steady_lag,
+    training_pairs,
 )
+from ntklib.data import WeakAndStrong, hide_labels, load
 from ntklib.models import MLP, build, calibrate_batch_norm, initialize
 from ntklib.random import stream
 
@@ -67,7 +70,9 @@ def test_with_the_printed_update_the_factor_of_the_next_step_lacks_the_division_
 
 def test_the_printed_average_is_the_other_one_a_step_late():
     path = random_path()
-    assert np.array_equal(printed_averages(path, 0.9)[1:], averages(path, 0.9)[:-1])
+    assert np.array_equal(average_path(path, 0.9, "before")[1:], average_path(path, 0.9)[:-1])
+    np.testing.assert_allclose(average_path(path, 0.9), averages(path, 0.9), rtol=1e-15)
+    np.testing.assert_allclose(average_path(path, 0.9, "before"), printed_averages(path, 0.9), rtol=1e-15)
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.9])
@@ -234,6 +239,24 @@ def test_the_cosine_with_descent_is_that_of_the_definition(kind):
     assert math.isnan(descent_cosine(model, x, y, {k: 0 * v for k, v in direction.items()}))
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 2.0])
+def test_training_pairs_are_labelled_images_and_those_with_a_sure_pseudo_label(threshold):
+    images = hide_labels(load("digits", num_train=60, num_test=10), 10)
+    augment = WeakAndStrong(images.black, images.white, 1, False, "geometric")
+    model = build("mlp", input_shape=images.input_shape, num_classes=10, width=8, init="he").eval()
+    x, y = training_pairs(model, images, augment, 30, threshold, 5)
+    again, _ = training_pairs(model, images, augment, 30, threshold, 5)
+    assert torch.equal(x, again)
+    assert torch.equal(y[:30], images.y_labelled.repeat(3))
+    chosen = images.x_unlabelled[torch.randperm(50, generator=stream(5, "pairs", "images"))[:30]]
+    p = model(augment.weak(chosen, stream(5, "pairs", "weak"))).detach().softmax(1)
+    strong = augment.strong(chosen, stream(5, "pairs", "strong"))
+    sure = [i for i in range(30) if float(p[i].max()) >= threshold]
+    assert len(sure) == {0.1: 30, 2.0: 0}.get(threshold, len(sure))
+    assert y[30:].tolist() == [int(p[i].argmax()) for i in sure]
+    assert torch.equal(x[30:], strong[sure])
+
+
 @pytest.mark.parametrize("copies", [1, 5])
 def test_the_bound_is_tight_for_two_opposite_outputs_on_one_point(copies):
     """f = (w x, -w x): every J_i is of rank one along (1, -1), as is p - onehot; J_i^T r_i are equal for equal examples."""
@@ -287,7 +310,7 @@ def test_a_perfect_fit_has_no_gradient_and_no_tightness():
 def test_decay_rates_outside_their_range_are_refused(tau):
     n = np.arange(3)
     calls = (
-        lambda: average_speed(1.0, tau), lambda: steady_lag(tau), lambda: mode_average(0.5, tau, n),
+        lambda: average_path(n, tau), lambda: average_speed(1.0, tau), lambda: steady_lag(tau), lambda: mode_average(0.5, tau, n),
         lambda: mode_speed(0.5, tau, n), lambda: descent_defect(tau, n), lambda: filter_gain(tau, n),
     )  # fmt: skip
     for call in calls:
@@ -302,6 +325,8 @@ def test_other_bad_input_is_refused():
         mode_speed(-0.5, 0.9, np.arange(2))
     with pytest.raises(ValueError, match="update.*'affter'"):
         steady_lag(0.9, "affter")
+    with pytest.raises(ValueError, match="update.*'befor'"):
+        average_path(np.arange(3), 0.9, "befor")
     with pytest.raises(ValueError, match="One label per input is required. Got 3 inputs and 2 labels"):
         gradient_bound(nn.Linear(2, 2), torch.zeros(3, 2), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="direction must name the 2 trainable parameters of the model. Got 1 names"):
