@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntklib.models.between import between
-from ntklib.models.initialization import SCHEMES, initialize
+from ntklib.models.initialization import SCHEMES, initialize, scale_parameters
 from ntklib.models.mlp import ACTIVATIONS, MLP
 from ntklib.models.modular_transformer import ModularTransformer
 from ntklib.models.outline import Part, inner_outputs, outline, part_of
@@ -20,7 +20,7 @@ from ntklib.text import unknown
 
 __all__ = [
     "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "ModularTransformer", "Part", "ResNet", "ViT", "between",
-    "build", "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated",
+    "build", "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated", "scale_parameters",
 ]  # fmt: skip
 
 NAMES = ("mlp", *STAGES, *LAYERS, "vit")

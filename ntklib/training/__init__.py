@@ -2,7 +2,7 @@
 
 from ntklib.training.full_batch import full_batch_adamw, log_steps
 from ntklib.training.loops import gradient_descent
-from ntklib.training.losses import LOSSES, cross_entropy, half_mse, loss_by_name, one_hot, precise_cross_entropy
+from ntklib.training.losses import LOSSES, cross_entropy, half_mse, loss_by_name, mse, one_hot, precise_cross_entropy
 from ntklib.training.measure import accuracy, parameter_norm
 from ntklib.training.minibatch import OPTIMIZERS, adamw, loop_by_optimizer, sgd, steps_per_epoch
 from ntklib.training.normalized import log_logistic_loss, normalized_descent
@@ -11,6 +11,6 @@ from ntklib.training.state import State
 
 __all__ = [
     "LOSSES", "OPTIMIZERS", "SCHEDULES", "State", "accuracy", "adamw", "cross_entropy", "full_batch_adamw", "gradient_descent",
-    "gradient_flow_time", "half_mse", "learning_rate", "log_logistic_loss", "log_steps", "loop_by_optimizer", "loss_by_name",
+    "gradient_flow_time", "half_mse", "learning_rate", "log_logistic_loss", "log_steps", "loop_by_optimizer", "loss_by_name", "mse",
     "normalized_descent", "one_hot", "parameter_norm", "precise_cross_entropy", "sgd", "steps_per_epoch",
 ]  # fmt: skip
