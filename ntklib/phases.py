@@ -278,7 +278,7 @@ def partial_rank_correlation(a: Sequence[float], b: Sequence[float], given: Sequ
 
 
 def log_slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return the exponent p of the power law y ~ x^p: the least-squares slope of log y on log x; nan where x takes fewer than two values.
+    """Return the exponent of the power law y ~ x^p, the least-squares slope of log y on log x; nan with fewer than two different x.
 
     Raises:
         ValueError: If lengths differ or a value is not positive and finite.

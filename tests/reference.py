@@ -106,7 +106,7 @@ def loss_by_loops(loss: str, outputs: Tensor, y: Tensor) -> float:
 
 
 def linear_gradient(loss: str, w: Tensor, b: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the loss of f(x) = W x + b by hand: the residual is f - onehot, by 2/c for a mean over outputs, or softmax(f) - onehot."""
+    """Gradient of the loss of f(x) = W x + b by hand: the residual is f - onehot, times 2/c for ``mse``, or softmax(f) - onehot."""
     f = x @ w.T + b
     residual = (f if loss in ("half_mse", "mse") else softmax_by_loops(f)) - one_hot_by_loops(y, len(w))
     residual = residual * (2 / len(w) if loss == "mse" else 1)

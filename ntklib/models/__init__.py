@@ -20,7 +20,8 @@ from ntklib.text import unknown
 
 __all__ = [
     "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "ModularTransformer", "Part", "ResNet", "ViT", "between",
-    "build", "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated", "scale_parameters",
+    "build", "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated",
+    "scale_parameters",
 ]  # fmt: skip
 
 NAMES = ("mlp", *STAGES, *LAYERS, "vit")
