@@ -47,6 +47,7 @@ _HOMES = {
     "ntklib.fixmatch_probe": ["FixMatchProbe"],
     "ntklib.fixmatch_settings": ["FixMatchSettings"],
     "ntklib.functional": ["functional_model"],
+    "ntklib.grokking_settings": ["GrokkingSettings"],
     "ntklib.input_noise": ["logit_perturbation"],
     "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"],
     "ntklib.infinite": ["infinite_nngp", "infinite_ntk"],

@@ -309,3 +309,45 @@ def fall_and_rise(step: Sequence[float], value: Sequence[float], last: float) ->
         raise ValueError(msg)
     log, low = _log(v), int(np.argmin(v))
     return FallAndRise(float(t[low] / last), float(log[0] - log[low]), float(log[-1] - log[low]))
+
+
+def log_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the exponent of the power law y ~ x^p, the least-squares slope of log y on log x; nan with fewer than two different x.
+
+    Raises:
+        ValueError: If lengths differ or a value is not positive and finite.
+    """
+    a, b = _log(np.asarray(x, dtype=float)), _log(np.asarray(y, dtype=float))
+    if len(a) != len(b):
+        msg = f"x and y must have the same length. Got {len(a)} and {len(b)}."
+        raise ValueError(msg)
+    if len(a) < 2 or np.ptp(a) == 0:
+        return math.nan
+    away = a - a.mean()
+    return float(away @ b / (away @ away))
+
+
+def residual_rank_correlation(a: Sequence[float], b: Sequence[float], given: Sequence[float]) -> float:
+    r"""Return Spearman's correlation of what is left of log a and log b after linear regression of each on log c.
+
+    .. math:: \rho ( \log a - \alpha_0 - \alpha_1 \log c , \; \log b - \beta_0 - \beta_1 \log c )
+
+    It does not change when a or b is multiplied by a power of c. Unlike ``partial_rank_correlation``, it sees a common deviation
+    from a power law also where all three quantities order the times alike, as when everything falls. Nan with fewer than four
+    times, where c is constant, and where a or b is a power of c up to rounding.
+
+    Raises:
+        ValueError: If lengths differ or a value is not positive and finite.
+    """
+    columns = [np.asarray(c, dtype=float) for c in (a, b, given)]
+    if len({len(c) for c in columns}) != 1:
+        msg = f"Three sequences of one length are required. Got lengths {[len(c) for c in columns]}."
+        raise ValueError(msg)
+    u, v, c = map(_log, columns)
+    if len(c) < 4 or np.ptp(c) == 0:
+        return math.nan
+    design = np.stack([np.ones_like(c), c - c.mean()], axis=1)
+    left, right = (w - design @ np.linalg.lstsq(design, w, rcond=None)[0] for w in (u, v))
+    if any(np.ptp(r) <= 1e-12 * (1 + np.abs(w).max()) for r, w in ((left, u), (right, v))):
+        return math.nan
+    return float(pd.Series(left).corr(pd.Series(right), method="spearman"))

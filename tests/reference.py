@@ -97,17 +97,19 @@ def softmax_by_loops(outputs: Tensor) -> Tensor:
 
 
 def loss_by_loops(loss: str, outputs: Tensor, y: Tensor) -> float:
-    """Mean over examples of ||f - onehot||^2 / 2 or -log softmax(f)[y]."""
+    """Mean over examples of ||f - onehot||^2 / 2 or / c, or of -log softmax(f)[y]."""
     n, c = outputs.shape
-    if loss == "half_mse":
-        return sum((float(outputs[i, a]) - (1.0 if a == y[i] else 0.0)) ** 2 for i in range(n) for a in range(c)) / (2 * n)
+    if loss in ("half_mse", "mse"):
+        squares = [(float(outputs[i, a]) - (1.0 if a == y[i] else 0.0)) ** 2 for i in range(n) for a in range(c)]
+        return sum(squares) / (n * (2 if loss == "half_mse" else c))
     return -sum(math.log(softmax_by_loops(outputs)[i, int(y[i])]) for i in range(n)) / n
 
 
 def linear_gradient(loss: str, w: Tensor, b: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the loss of f(x) = W x + b by hand: the residual is f - onehot or softmax(f) - onehot."""
+    """Gradient of the loss of f(x) = W x + b by hand: the residual is f - onehot, times 2/c for ``mse``, or softmax(f) - onehot."""
     f = x @ w.T + b
-    residual = (f if loss == "half_mse" else softmax_by_loops(f)) - one_hot_by_loops(y, len(w))
+    residual = (f if loss in ("half_mse", "mse") else softmax_by_loops(f)) - one_hot_by_loops(y, len(w))
+    residual = residual * (2 / len(w) if loss == "mse" else 1)
     return residual.T @ x / len(x), residual.sum(0) / len(x)
 
 

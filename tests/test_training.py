@@ -332,7 +332,7 @@ def test_augmentation_is_decided_by_the_generator():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: loss_by_name("mse"), "Unknown loss 'mse'. Did you mean 'half_mse'"),
+        (lambda: loss_by_name("half_mes"), "Unknown loss 'half_mes'. Did you mean 'half_mse'"),
         (lambda: learning_rate("cosin", 0.1, 0, 1), "Unknown schedule 'cosin'. Did you mean 'cosine'"),
         (lambda: start(loss="crossentropy"), "Did you mean 'cross_entropy'"),
         (lambda: start(schedule="cosin"), "Did you mean 'cosine'"),

@@ -48,6 +48,21 @@ class Dataset:
         """Shape of one image, ``(channels, height, width)``."""
         return tuple(self.x_train.shape[1:])
 
+    def in_unit_range(self) -> "Dataset":
+        """Return the same images mapped to [0, 1] in place of being standardised, by one affine map for all pixels.
+
+        The smallest and the largest training pixel become 0 and 1; of images that use the whole range of a byte this is the pixel
+        over 255. Test pixels outside the range of the training pixels lie outside [0, 1].
+
+        Raises:
+            ValueError: If all training pixels are equal.
+        """
+        low, high = self.x_train.min(), self.x_train.max()
+        if not high > low:
+            msg = f"x_train must have pixels of at least two values. Got {float(low)} alone."
+            raise ValueError(msg)
+        return replace(self, x_train=(self.x_train - low) / (high - low), x_test=(self.x_test - low) / (high - low))
+
     def to(self, device: str | torch.device) -> "Dataset":
         """Return the same data on another device."""
         moved = {k: getattr(self, k).to(device) for k in ("x_train", "y_train", "x_test", "y_test")}

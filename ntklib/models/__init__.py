@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntklib.models.between import between
-from ntklib.models.initialization import SCHEMES, initialize
+from ntklib.models.initialization import SCHEMES, initialize, scale_parameters
 from ntklib.models.mlp import ACTIVATIONS, MLP
 from ntklib.models.modular_transformer import ModularTransformer
 from ntklib.models.outline import Part, inner_outputs, outline, part_of
@@ -22,7 +22,7 @@ from ntklib.text import unknown
 __all__ = [
     "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "WIDE", "ModularTransformer", "Part", "ResNet", "ViT",
     "WideResNet", "between", "build", "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of",
-    "recalibrated",
+    "recalibrated", "scale_parameters",
 ]  # fmt: skip
 
 NAMES = ("mlp", *STAGES, *LAYERS, *WIDE, "vit")

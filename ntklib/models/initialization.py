@@ -51,6 +51,31 @@ def initialize(model: nn.Module, scheme: str, generator: torch.Generator) -> nn.
 
 
 @torch.no_grad()
+def scale_parameters(model: nn.Module, factor: float) -> nn.Module:
+    r"""Multiply all parameters by ``factor`` in place, biases included: the enlarged start of Liu et al. 2022 (arXiv:2210.01117v2).
+
+    A network that is homogeneous of degree L in its parameters (an MLP of L layers without biases and with ReLU or identity) has
+    :math:`f \to s^L f` and :math:`\operatorname{Tr} K \to s^{2(L-1)} \operatorname{Tr} K`.
+
+    Args:
+        model: Module to change.
+        factor: The factor s, positive.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: If the factor is not positive and finite.
+    """
+    if not 0 < factor < math.inf:
+        msg = f"factor must be positive and finite. Got {factor}."
+        raise ValueError(msg)
+    for w in model.parameters():
+        w.mul_(factor)
+    return model
+
+
+@torch.no_grad()
 def _draw(layer: nn.Linear | nn.modules.conv._ConvNd, scheme: str, generator: torch.Generator) -> None:
     w, b = layer.weight, layer.bias
     if scheme == "kaiming" and isinstance(layer, nn.Linear):

@@ -38,12 +38,17 @@ def half_mse(outputs: Float[Tensor, "n c"], y: Int[Tensor, " n"] | Float[Tensor,
     return 0.5 * (outputs - targets).square().sum(1).mean()
 
 
+def mse(outputs: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """(1/nc) sum_i ||f(x_i) - onehot(y_i)||^2: also a mean over outputs, PyTorch's MSELoss; 2/c times ``half_mse``."""
+    return F.mse_loss(outputs, one_hot(y, outputs.shape[1], outputs.dtype))
+
+
 def one_hot(y: Int[Tensor, " n"], c: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "n c"]:
     """Targets with a 1 at the label, ``[n, c]``."""
     return F.one_hot(y, c).to(dtype)
 
 
-LOSSES = {"cross_entropy": cross_entropy, "precise_cross_entropy": precise_cross_entropy, "half_mse": half_mse}
+LOSSES = {"cross_entropy": cross_entropy, "precise_cross_entropy": precise_cross_entropy, "half_mse": half_mse, "mse": mse}
 
 
 def loss_by_name(name: str):
