@@ -80,7 +80,9 @@ _HOMES = {
     "ntklib.training": [
         "accuracy",
         "adamw",
+        "central_flow",
         "gradient_descent",
+        "gradient_flow",
         "loop_by_optimizer",
         "normalized_descent",
         "parameter_norm",

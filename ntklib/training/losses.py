@@ -1,4 +1,4 @@
-"""Loss functions of a batch of outputs and integer labels; every one is a mean over examples."""
+"""Loss functions of a batch of outputs and labels or targets; every one is a mean over examples."""
 
 import torch
 from jaxtyping import Float, Int
@@ -13,9 +13,13 @@ def cross_entropy(outputs: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> Float[
     return F.cross_entropy(outputs, y)
 
 
-def half_mse(outputs: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    """(1/2n) sum_i ||f(x_i) - onehot(y_i)||^2: summed over outputs, so that gradient descent moves f by -(lr/n) K r."""
-    return 0.5 * (outputs - one_hot(y, outputs.shape[1], outputs.dtype)).square().sum(1).mean()
+def half_mse(outputs: Float[Tensor, "n c"], y: Int[Tensor, " n"] | Float[Tensor, "n c"]) -> Float[Tensor, ""]:
+    """(1/2n) sum_i ||f(x_i) - y_i||^2: summed over outputs, so that gradient descent moves f by -(lr/n) K r.
+
+    Integers are labels and stand for targets with a 1 at the label; floating-point ``y`` are the targets themselves, ``[n, c]``.
+    """
+    targets = y if y.is_floating_point() else one_hot(y, outputs.shape[1], outputs.dtype)
+    return 0.5 * (outputs - targets).square().sum(1).mean()
 
 
 def one_hot(y: Int[Tensor, " n"], c: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "n c"]:
