@@ -28,6 +28,7 @@ NUMERIC = (
     "functional.py",
     "infinite.py",
     "kernels",
+    "lazy.py",
     "linear_curvature.py",
     "linear_networks.py",
     "linearized.py",

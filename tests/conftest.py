@@ -40,6 +40,7 @@ NUMERIC = (
             "uses",
         )
     ),
+    "lazy",
     "linear_curvature",
     "linear_networks",
     "linearized",

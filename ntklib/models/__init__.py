@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ntklib.models.between import between
 from ntklib.models.initialization import SCHEMES, initialize
 from ntklib.models.mlp import ACTIVATIONS, MLP
+from ntklib.models.ntk_mlp import NTKMLP, NTKLinear, ScaledOutput
 from ntklib.models.outline import Part, inner_outputs, outline, part_of
 from ntklib.models.resnet import LAYERS, ResNet
 from ntklib.models.vgg import STAGES, VGG
@@ -18,7 +19,7 @@ from ntklib.random import stream
 from ntklib.text import unknown
 
 __all__ = [
-    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "Part", "ResNet", "ViT", "between", "build",
+    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "NTKMLP", "SCHEMES", "STAGES", "VGG", "NTKLinear", "Part", "ResNet", "ScaledOutput", "ViT", "between", "build",
     "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated",
 ]  # fmt: skip
 
