@@ -288,7 +288,7 @@ def decay_rate(t: Sequence[float], component: Sequence[float]) -> float:
 def seed_exponents(table: pd.DataFrame) -> list[float]:
     """Return the exponent of a power law for every seed: fits of the columns against the index, without missing values."""
     columns = [pd.Series(table[seed]).replace([np.inf, -np.inf], np.nan).dropna() for seed in table]
-    return [power_exponent(column.index.to_numpy(), column.to_numpy()) for column in columns]
+    return [power_exponent([float(v) for v in column.index], column.tolist()) for column in columns]
 
 
 def mode_rates(history: pd.DataFrame, *, max_drift: float = 0.01, span: float = 2.0) -> pd.DataFrame:
@@ -307,13 +307,13 @@ def mode_rates(history: pd.DataFrame, *, max_drift: float = 0.01, span: float = 
     of = lambda quantity: pd.DataFrame(history[history["quantity"] == quantity])  # noqa: E731
     time, drift = (of(q).set_index("step")["value"].sort_index() for q in ("time", "drift"))
     moved = drift[drift >= max_drift].index
-    still = time[: moved.min() - 1] if len(moved) else time
+    still = time[time.index < moved.min()] if len(moved) else time
     parts, eigvals = (of(q).pivot(index="step", columns="layer", values="value") for q in ("component", "eigenvalue"))
     rows = []
     for mode in sorted(parts, key=int):
         eigenvalue = float(eigvals[mode].iloc[0])
         times = pd.Series(still[still * eigenvalue <= span])
-        rate = decay_rate(times.to_numpy(), parts[mode].loc[times.index].to_numpy())
+        rate = decay_rate(times.tolist(), parts[mode].loc[times.index].tolist())
         share = abs(float(parts[mode].iloc[0]))
         rows.append((int(mode), eigenvalue, share, len(times), rate, rate / eigenvalue - 1))
     return pd.DataFrame(rows, columns=["mode", "eigenvalue", "share", "points", "rate", "error"]).set_index("mode")
