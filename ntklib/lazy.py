@@ -1,13 +1,12 @@
 """Networks in NTK parameterization on small tasks, and how far their training is from the linear equation of a constant kernel."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
@@ -121,7 +120,7 @@ def circle_target(gamma: Float[Tensor, " n"], target: str) -> Float[Tensor, "n 1
 
 
 def parity_task(dataset: str, n: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """n class-balanced images as vectors of length sqrt(d), ``[n, d]``, and +1 for odd, -1 for even classes, ``[n, 1]``."""
+    """Class-balanced images as vectors of length sqrt(d), ``[n, d]``, and +1 for odd, -1 for even classes, ``[n, 1]``."""
     images = data.load(dataset, num_train=n, seed=seed)
     x = images.x_train.flatten(1).to(dtype)
     x = x / x.norm(dim=1, keepdim=True) * math.sqrt(x.shape[1])
@@ -184,21 +183,20 @@ class LazyProblem:
         Returns:
             ``time`` t; ``residual``; ``predicted``, the residual of the constant first kernel at the same time (the discrete
             formula for descent); ``gap``, the distance of the outputs to that prediction; ``limit_gap``, to that of the
-            infinitely wide network; ``drift`` and ``distance`` S of the kernel from the first one; ``top``, its largest
-            eigenvalue; ``lr_top``, eta lambda_1 / 2, at most 1 when descent on this kernel is stable; ``least``, the smallest
+            infinitely wide network; ``drift`` and ``distance`` S of the kernel from the first one, and ``growth``, the ratio of
+            their norms; ``top``, its largest eigenvalue; ``lr_top``, eta lambda_1 / 2, at most 1 when descent on this kernel is stable; ``least``, the smallest
             eigenvalue over the largest.
         """
         t = torch.tensor([self.lr * state.epoch], dtype=self.y.dtype, device=self.y.device)
         unit = float((self.f_0 - self.y).norm())
         f, kernel = self.model(self.x), _kernel(self.model, self.x)
-        lazy, wide = (
-            constant_kernel_flow(k, self.f_0, self.y, t, lr=self.step_size)[0] for k in (self.kernel_0, self.limit)
-        )
+        lazy, wide = (constant_kernel_flow(k, self.f_0, self.y, t, lr=self.step_size)[0] for k in (self.kernel_0, self.limit))
         eigvals = torch.linalg.eigvalsh(kernel)
         return {
             "time": float(t), "residual": float((f - self.y).norm()) / unit, "predicted": float((lazy - self.y).norm()) / unit,
             "gap": float((f - lazy).norm()) / unit, "limit_gap": float((f - wide).norm()) / unit,
             "drift": kernel_drift(self.kernel_0, kernel), "distance": kernel_distance(self.kernel_0, kernel),
+            "growth": float(kernel.norm() / self.kernel_0.norm()),
             "top": float(eigvals[-1]), "lr_top": self.lr * float(eigvals[-1]) / 2, "least": float(eigvals[0] / eigvals[-1]),
         }  # fmt: skip
 
@@ -246,10 +244,9 @@ def lazy_problem(settings: LazySettings) -> LazyProblem:
     elif s.target != "plane":
         y = circle_target(gamma, s.target)
     x, y = x.to(s.device), y.to(s.device)
-    network = NTKMLP(
-        x.shape[1], [s.width] * s.depth, 1, activation=s.activation, bias_std=s.bias_std, generator=stream(s.seed, "init"), dtype=dtype
-    ).to(s.device)  # fmt: skip
-    model = ScaledOutput(network, s.alpha).eval()
+    draw, widths = stream(s.seed, "init"), [s.width] * s.depth
+    network = NTKMLP(x.shape[1], widths, 1, activation=s.activation, bias_std=s.bias_std, generator=draw, dtype=dtype)
+    model = ScaledOutput(network.to(s.device), s.alpha).eval()
     limit = s.alpha**2 * infinite_ntk(x, depth=s.depth, activation=s.activation, bias_std=s.bias_std)
     lr = s.lr_fraction * 2 / float(torch.linalg.eigvalsh(limit)[-1])
     problem = LazyProblem(model, x, y, lr, limit, _kernel(model, x), torch.zeros_like(y), s)
@@ -257,66 +254,6 @@ def lazy_problem(settings: LazySettings) -> LazyProblem:
         ray = math.cos(s.angle) * problem.modes[1][:, s.first - 1] + math.sin(s.angle) * problem.modes[1][:, s.second - 1]
         problem.y = -math.sqrt(s.num_train / 8) * ray[:, None]
     return problem
-
-
-def power_exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return b of the least-squares line log y = a + b log x; nan with fewer than two points.
-
-    Raises:
-        ValueError: If lengths differ, or a number is not positive and finite.
-    """
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(a) != len(b) or not all((v > 0).all() and np.isfinite(v).all() for v in (a, b)):
-        msg = f"x and y must be positive, finite and of one length. Got lengths {len(a)} and {len(b)}, from {list(a)[:3]}, {list(b)[:3]}."
-        raise ValueError(msg)
-    return float(np.polyfit(np.log(a), np.log(b), 1)[0]) if len(np.unique(a)) > 1 else math.nan
-
-
-def decay_rate(t: Sequence[float], component: Sequence[float]) -> float:
-    """Return the rate of an exponential decay: minus the least-squares slope of log |component| in t; nan below three points.
-
-    Raises:
-        ValueError: If lengths differ, or a component is zero or not finite.
-    """
-    time, size = np.asarray(t, dtype=float), np.abs(np.asarray(component, dtype=float))
-    if len(time) != len(size) or not ((size > 0).all() and np.isfinite(size).all()):
-        msg = f"t and component must have one length, components finite and not zero. Got lengths {len(time)} and {len(size)}."
-        raise ValueError(msg)
-    return -float(np.polyfit(time, np.log(size), 1)[0]) if len(np.unique(time)) > 2 else math.nan
-
-
-def seed_exponents(table: pd.DataFrame) -> list[float]:
-    """Return the exponent of a power law for every seed: fits of the columns against the index, without missing values."""
-    columns = [pd.Series(table[seed]).replace([np.inf, -np.inf], np.nan).dropna() for seed in table]
-    return [power_exponent([float(v) for v in column.index], column.tolist()) for column in columns]
-
-
-def mode_rates(history: pd.DataFrame, *, max_drift: float = 0.01, span: float = 2.0) -> pd.DataFrame:
-    """Fit the decay of the residual along every followed direction of one run, as long as its kernel stays where it was.
-
-    Args:
-        history: Rows of one run of the chapter on the lazy regime: ``time``, ``drift``, and ``component`` and ``eigenvalue`` by
-            layer.
-        max_drift: Only measured times up to the first with this drift count.
-        span: Only times up to ``span`` over the first eigenvalue count, after which little of the direction is left.
-
-    Returns:
-        One row per direction, index ``mode``: ``eigenvalue`` of the first kernel, ``share`` of the first residual along it
-        (absolute component over norm), ``points`` fitted, ``rate`` and relative ``error`` of the rate to the eigenvalue.
-    """
-    of = lambda quantity: pd.DataFrame(history[history["quantity"] == quantity])  # noqa: E731
-    time, drift = (of(q).set_index("step")["value"].sort_index() for q in ("time", "drift"))
-    moved = drift[drift >= max_drift].index
-    still = time[time.index < moved.min()] if len(moved) else time
-    parts, eigvals = (of(q).pivot(index="step", columns="layer", values="value") for q in ("component", "eigenvalue"))
-    rows = []
-    for mode in sorted(parts, key=int):
-        eigenvalue = float(eigvals[mode].iloc[0])
-        times = pd.Series(still[still * eigenvalue <= span])
-        rate = decay_rate(times.tolist(), parts[mode].loc[times.index].tolist())
-        share = abs(float(parts[mode].iloc[0]))
-        rows.append((int(mode), eigenvalue, share, len(times), rate, rate / eigenvalue - 1))
-    return pd.DataFrame(rows, columns=["mode", "eigenvalue", "share", "points", "rate", "error"]).set_index("mode")
 
 
 def _kernel(model: ScaledOutput, x: Tensor) -> Float[Tensor, "n n"]:

@@ -11,17 +11,22 @@ from ntklib import (
     LazySettings,
     constant_kernel_flow,
     decay_rate,
+    drift_while_learning,
     empirical_ntk,
+    first_stable,
     flatten_kernel,
+    forecast_errors,
     gradient_descent,
     gradient_flow,
     infinite_ntk,
+    kernel_change,
     kernel_drift,
     lazy_problem,
     linearize,
     mode_rates,
     models,
     power_exponent,
+    scale_share,
     seed_exponents,
 )
 from ntklib.lazy import circle, circle_target, parity_task
@@ -57,9 +62,9 @@ def test_a_layer_is_the_formula_of_ntk_parameterization(bias_std):
 def test_the_kernel_of_ntk_parameterization_tends_to_its_infinite_limit(activation):
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     limit = infinite_ntk(x, depth=1, activation=activation, bias_std=0.4)
-    kernels = torch.stack([
-        empirical_ntk(network(400, seed, activation=activation, bias_std=0.4), x, reduce="trace") / 2 for seed in range(40)
-    ])
+    kernels = torch.stack(
+        [empirical_ntk(network(400, seed, activation=activation, bias_std=0.4), x, reduce="trace") / 2 for seed in range(40)]
+    )
     mean, sem = kernels.mean(0), kernels.std(0) / math.sqrt(40)
     assert float(((mean - limit).abs() / sem).max()) < 4
     assert float(sem.norm() / limit.norm()) < 0.02
@@ -131,7 +136,7 @@ def test_gradient_flow_of_the_linearized_network_is_the_exponential():
     lin = linearize(p.model)
     *_, last = gradient_flow(lin, p.x, p.y, lr=p.lr * 8, steps=4, tol=1e-9)
     expected = p.y + torch.linalg.matrix_exp(-4 * p.lr * p.kernel_0) @ (p.f_0 - p.y)
-    assert float((lin(p.x) - expected).norm() / p.y.norm()) < 1e-7  # global error of a local tolerance 1e-9
+    assert float((lin(p.x).detach() - expected).norm() / p.y.norm()) < 1e-7  # global error of a local tolerance 1e-9
     assert last.step == 4
 
 
@@ -142,7 +147,7 @@ def test_the_error_of_descent_against_the_flow_halves_with_the_rate():
         lin = linearize(p.model)
         *_, _last = gradient_descent(lin, p.x, p.y, lr=p.lr * 8 / parts, steps=12 * parts)
         exact = constant_kernel_flow(p.kernel_0, p.f_0, p.y, torch.tensor([12 * p.lr]))[0]
-        errors.append(float((lin(p.x) - exact).norm()))
+        errors.append(float((lin(p.x).detach() - exact).norm()))
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
     assert errors[1] / errors[2] == pytest.approx(2, rel=0.03)
 
@@ -181,6 +186,8 @@ def test_a_measurement_is_what_it_says(loop):
         assert found["gap"] == pytest.approx(float((f - lazy).norm()) / unit, rel=1e-6, abs=1e-12)
         assert found["limit_gap"] == pytest.approx(float((f - wide).norm()) / unit, rel=1e-6, abs=1e-12)
         assert found["drift"] == pytest.approx(float((k - p.kernel_0).norm() / p.kernel_0.norm()), rel=1e-9, abs=1e-15)
+        assert found["growth"] == pytest.approx(float(k.norm() / p.kernel_0.norm()), rel=1e-9)
+        assert found["distance"] == pytest.approx(1 - float((k * p.kernel_0).sum() / k.norm() / p.kernel_0.norm()), abs=1e-12)
         top = float(torch.linalg.eigvalsh(k)[-1])
         assert found["top"] == pytest.approx(top, rel=1e-9)
         assert found["lr_top"] == pytest.approx(p.lr * top / 2, rel=1e-9)
@@ -307,3 +314,39 @@ def test_mode_rates_use_the_times_before_the_drift_and_within_the_span():
     assert found["error"].tolist() == pytest.approx([0.1, 0.1], rel=1e-9)
     assert found["eigenvalue"].tolist() == [10.0, 2.0]
     assert found["share"].tolist() == pytest.approx([0.3, 0.3])
+
+
+def long_frame(columns, **more):
+    """One run's history from columns of values by step."""
+    rows = [(s, q, "", float(v)) for q, values in columns.items() for s, v in values.items()]
+    return pd.DataFrame(rows, columns=["step", "quantity", "layer", "value"]).assign(**more)
+
+
+def test_the_drift_while_learning_is_that_at_the_first_small_residual():
+    residual = {0: 1.0, 1: 0.5, 4: 0.09, 9: 0.2, 20: 0.01}
+    drift = {0: 0.0, 1: 0.2, 4: 0.3, 9: 0.35, 20: 0.4}
+    assert drift_while_learning(long_frame({"residual": residual, "drift": drift})) == pytest.approx(0.75)
+    assert drift_while_learning(long_frame({"residual": residual, "drift": drift}), residual=1e-3) == 1
+
+
+def test_the_share_of_scale_follows_from_drift_and_growth():
+    a = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    k0 = a @ a.T
+    for k in (1.3 * k0, 0.7 * k0 + 0.1 * torch.eye(6).double(), k0 + 2 * torch.eye(6).double(), 1.1 * k0 + torch.eye(6).double()):
+        found = scale_share(pd.Series([kernel_drift(k0, k)]), pd.Series([float(k.norm() / k0.norm())]))
+        assert found[0] == pytest.approx(kernel_change(k0, k).scale_share, rel=1e-9)
+
+
+def test_the_first_stable_forecast_comes_after_the_last_unstable_one():
+    tops = {0: 1.2, 2: 0.9, 5: 1.1, 7: 0.8, 9: 0.7, 12: 0.6}
+    frames = []
+    for run, shift in (("a", 0.0), ("b", -0.5), ("c", 1.0)):  # b is never unstable, c always
+        frame = long_frame({"lr_top": {s: v + shift for s, v in tops.items()}}, run=run, variant=1, seed=0)
+        errors = long_frame({"forecast": dict.fromkeys([12], 0.0)}, run=run, variant=1, seed=0)
+        frames += [frame, *(errors.assign(layer=str(s), value=math.nan if s == 0 else s / 10) for s in tops)]
+    table = forecast_errors(pd.concat(frames, ignore_index=True))
+    assert len(table) == 3 * len(tops)
+    assert (table[table["step"] == 0]["error"] == math.inf).all()
+    back = first_stable(table)
+    assert back[["run", "step", "error"]].to_numpy().tolist() == [["a", 7, 0.7]]
+    assert back["top"].tolist() == pytest.approx([0.8])

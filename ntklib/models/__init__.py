@@ -19,8 +19,9 @@ from ntklib.random import stream
 from ntklib.text import unknown
 
 __all__ = [
-    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "NTKMLP", "SCHEMES", "STAGES", "VGG", "NTKLinear", "Part", "ResNet", "ScaledOutput", "ViT", "between", "build",
-    "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of", "recalibrated",
+    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "NTKMLP", "SCHEMES", "STAGES", "VGG", "NTKLinear", "Part", "ResNet", "ScaledOutput",
+    "ViT", "between", "build", "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of",
+    "recalibrated",
 ]  # fmt: skip
 
 NAMES = ("mlp", *STAGES, *LAYERS, "vit")

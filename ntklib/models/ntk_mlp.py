@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class NTKMLP(nn.Module):
             msg = f"weight_std must be positive and bias_std not negative, both finite. Got {weight_std} and {bias_std}."
             raise ValueError(msg)
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in pairwise(sizes):
             layer = NTKLinear(fan_in, fan_out, weight_std=weight_std, bias_std=bias_std, generator=generator, dtype=dtype)
             layers += [layer, ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers[:-1])
