@@ -184,8 +184,8 @@ class LazyProblem:
             ``time`` t; ``residual``; ``predicted``, the residual of the constant first kernel at the same time (the discrete
             formula for descent); ``gap``, the distance of the outputs to that prediction; ``limit_gap``, to that of the
             infinitely wide network; ``drift`` and ``distance`` S of the kernel from the first one, and ``growth``, the ratio of
-            their norms; ``top``, its largest eigenvalue; ``lr_top``, eta lambda_1 / 2, at most 1 when descent on this kernel is stable; ``least``, the smallest
-            eigenvalue over the largest.
+            their norms; ``top``, its largest eigenvalue; ``lr_top``, eta lambda_1 / 2, at most 1 when descent on this kernel is
+            stable; ``least``, the smallest eigenvalue over the largest.
         """
         t = torch.tensor([self.lr * state.epoch], dtype=self.y.dtype, device=self.y.device)
         unit = float((self.f_0 - self.y).norm())

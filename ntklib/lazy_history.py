@@ -56,7 +56,7 @@ def mode_rates(history: pd.DataFrame, *, max_drift: float = 0.01, span: float = 
     of = lambda quantity: pd.DataFrame(history[history["quantity"] == quantity])  # noqa: E731
     time, drift = (of(q).set_index("step")["value"].sort_index() for q in ("time", "drift"))
     moved = drift[drift >= max_drift].index
-    still = time[time.index < moved.min()] if len(moved) else time
+    still = pd.Series(time[time.index < moved.min()]) if len(moved) else time
     parts, eigvals = (of(q).pivot(index="step", columns="layer", values="value") for q in ("component", "eigenvalue"))
     rows = []
     for mode in sorted(parts, key=int):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
@@ -207,7 +208,7 @@ def phase_portrait(
     slope = np.tensordot(a, np.stack([u, v]), 1)
     # sqrt of the speed: slow parts stay visible beside fast ones
     speed = np.sqrt(np.hypot(*slope) / max(np.hypot(*slope).max(), 1e-300))
-    ax.streamplot(grid, grid, *slope, color=speed, cmap="Greys", norm=mpl.colors.Normalize(-0.6, 1.6), density=0.8, linewidth=0.8)
+    ax.streamplot(grid, grid, *slope, color=speed, cmap="Greys", norm=Normalize(-0.6, 1.6), density=0.8, linewidth=0.8)
     eigvals, eigvecs = np.linalg.eig(a)
     for path in map(np.asarray, paths):
         if exact:
@@ -233,10 +234,10 @@ def value_map(ax: Axes, table: pd.DataFrame, label: str, *, limits: tuple[float,
         levels: Values at which to draw a line between cells.
     """
     values = table.to_numpy(dtype=float)
-    image = ax.imshow(values, origin="lower", aspect="auto", interpolation="nearest", norm=mpl.colors.LogNorm(*limits))
+    image = ax.imshow(values, origin="lower", aspect="auto", interpolation="nearest", norm=LogNorm(*limits))
     for (i, j), value in np.ndenumerate(values):
         known = np.isfinite(value)
-        dark = known and image.norm(value) < 0.6
+        dark = known and float(np.log(value / limits[0]) / np.log(limits[1] / limits[0])) < 0.6
         ax.text(j, i, f"{value:.2g}" if known else "div.", ha="center", va="center", fontsize=8, color="white" if dark else "black")
     for level in levels:
         inside = np.where(np.isfinite(values), values, np.inf) >= level

@@ -2,6 +2,7 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,6 +26,7 @@ from ntklib import (
     linearize,
     mode_rates,
     models,
+    plots,
     power_exponent,
     scale_share,
     seed_exponents,
@@ -350,3 +352,37 @@ def test_the_first_stable_forecast_comes_after_the_last_unstable_one():
     back = first_stable(table)
     assert back[["run", "step", "error"]].to_numpy().tolist() == [["a", 7, 0.7]]
     assert back["top"].tolist() == pytest.approx([0.8])
+
+
+def test_a_phase_portrait_draws_the_solution_from_the_first_point_of_each_path():
+    _, ax = plots.plt.subplots()
+    a = np.array([[-0.3, -1.0], [1.0, -0.3]])  # a spiral: x(t) = e^(-0.3 t) R(t) x(0)
+    measured = np.array([[1.0, 0.0], [0.5, 0.5]])
+    plots.phase_portrait(ax, a, [measured], limit=1.5)
+    exact, path = (np.column_stack(line.get_data()) for line in ax.lines[:2])
+    np.testing.assert_allclose(path, measured)
+    radius, angle = np.hypot(*exact.T), np.unwrap(np.arctan2(exact[:, 1], exact[:, 0]))
+    early = angle < 6
+    np.testing.assert_allclose(radius[early], np.exp(-0.3 * angle[early]), rtol=1e-9)
+    assert angle[-1] > 6
+    assert ax.get_xlim() == (-1.5, 1.5)
+    plt.close("all")
+
+
+def test_a_portrait_of_a_plane_without_motion_is_drawn():
+    _, ax = plots.plt.subplots()
+    plots.phase_portrait(ax, np.zeros((2, 2)), [np.array([[0.5, 0.5]])])
+    np.testing.assert_allclose(np.column_stack(ax.lines[0].get_data()), 0.5)
+    plt.close("all")
+
+
+def test_a_value_map_writes_its_numbers_and_what_diverged():
+    _, ax = plots.plt.subplots()
+    table = pd.DataFrame([[0.5, 0.02], [math.nan, 0.001]], index=[0.25, 4.0], columns=[32, 64])
+    plots.value_map(ax, table, "drift", limits=(1e-3, 1), levels=[0.1])
+    words = {t.get_position(): t.get_text() for t in ax.texts}
+    assert words == {(0, 0): "0.5", (1, 0): "0.02", (0, 1): "div.", (1, 1): "0.001"}
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0.25", "4"]
+    borders = {tuple(map(tuple, line.get_data())) for line in ax.lines}  # between 0.5 and 0.02, and div. and 0.001
+    assert borders == {((0.5, 0.5), (-0.5, 0.5)), ((0.5, 0.5), (0.5, 1.5))}
+    plt.close("all")
