@@ -54,9 +54,9 @@ def mode_rates(history: pd.DataFrame, *, max_drift: float = 0.01, span: float = 
         (absolute component over norm), ``points`` fitted, ``rate`` and relative ``error`` of the rate to the eigenvalue.
     """
     of = lambda quantity: pd.DataFrame(history[history["quantity"] == quantity])  # noqa: E731
-    time, drift = (of(q).set_index("step")["value"].sort_index() for q in ("time", "drift"))
-    moved = drift[drift >= max_drift].index
-    still = pd.Series(time[time.index < moved.min()]) if len(moved) else time
+    time, drift = (pd.Series(of(q).set_index("step")["value"]).sort_index() for q in ("time", "drift"))
+    moved = [step for step, d in drift.items() if d >= max_drift]
+    still = time[time.index < min(moved, default=math.inf)]
     parts, eigvals = (of(q).pivot(index="step", columns="layer", values="value") for q in ("component", "eigenvalue"))
     rows = []
     for mode in sorted(parts, key=int):

@@ -218,7 +218,8 @@ def phase_portrait(
             ax.plot(*solution, color=PALETTE[1], linestyle="--", linewidth=1)
         ax.plot(*path.T, color=PALETTE[0], linewidth=1.6)
         ax.plot(*path[0], marker="o", color=PALETTE[0])
-        ax.plot(*path[-1], marker="s", color="black", markersize=3)
+        if len(path) > 1:
+            ax.plot(*path[-1], marker="s", color="black", markersize=3)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     return ax
 
