@@ -55,7 +55,7 @@ def mode_rates(history: pd.DataFrame, *, max_drift: float = 0.01, span: float = 
     """
     of = lambda quantity: pd.DataFrame(history[history["quantity"] == quantity])  # noqa: E731
     time, drift = (pd.Series(of(q).set_index("step")["value"]).sort_index() for q in ("time", "drift"))
-    moved = [int(step) for step in drift[drift >= max_drift].index.tolist()]
+    moved = [int(step) for step in pd.Series(drift[drift >= max_drift]).index.tolist()]
     still = time[time.index < min(moved, default=math.inf)]
     parts, eigvals = (of(q).pivot(index="step", columns="layer", values="value") for q in ("component", "eigenvalue"))
     rows = []

@@ -230,7 +230,7 @@ def value_map(ax: Axes, table: pd.DataFrame, label: str, *, limits: tuple[float,
     Args:
         ax: Axes to draw on.
         table: Rows and columns in the order of the axes, from below and from the left.
-        label: Label of the colour bar.
+        label: Label of the colour bar; without one there is no bar.
         limits: Smallest and largest value of the colours.
         levels: Values at which to draw a line between cells.
     """
@@ -239,7 +239,7 @@ def value_map(ax: Axes, table: pd.DataFrame, label: str, *, limits: tuple[float,
     for (i, j), value in np.ndenumerate(values):
         known = np.isfinite(value)
         dark = known and float(np.log(value / limits[0]) / np.log(limits[1] / limits[0])) < 0.6
-        ax.text(j, i, f"{value:.2g}" if known else "div.", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        ax.text(j, i, f"{value:.2g}" if known else "div.", ha="center", va="center", fontsize=7, color="white" if dark else "black")
     for level in levels:
         inside = np.where(np.isfinite(values), values, np.inf) >= level
         for i, j in np.argwhere(inside[:, 1:] != inside[:, :-1]):
@@ -248,5 +248,6 @@ def value_map(ax: Axes, table: pd.DataFrame, label: str, *, limits: tuple[float,
             ax.plot([j - 0.5, j + 0.5], [i + 0.5] * 2, color=PALETTE[3], linewidth=2)
     ax.set_xticks(range(values.shape[1]), [f"{c:g}" for c in table.columns])
     ax.set_yticks(range(values.shape[0]), [f"{r:g}" for r in table.index])
-    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
+    if label:
+        ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
     return ax
