@@ -224,7 +224,7 @@ def phase_portrait(
     return ax
 
 
-def value_map(ax: Axes, table: pd.DataFrame, label: str, *, limits: tuple[float, float], levels: Sequence[float] = ()) -> Axes:
+def value_map(ax: Axes, table: pd.DataFrame, label: str = "", *, limits: tuple[float, float], levels: Sequence[float] = ()) -> Axes:
     """Show a table of positive numbers as a logarithmic heat map with the numbers written in, and "div." where there is none.
 
     Args:
