@@ -35,8 +35,8 @@ def decay_rate(t: Sequence[float], component: Sequence[float]) -> float:
 
 
 def seed_exponents(table: pd.DataFrame) -> list[float]:
-    """Return the exponent of a power law for every seed: fits of the columns against the index, without missing values."""
-    columns = [pd.Series(table[seed]).replace([np.inf, -np.inf], np.nan).dropna() for seed in table]
+    """Return the exponent of a power law for every seed: fits of the columns against the index, without missing and zero values."""
+    columns = [pd.Series(table[seed]).replace([np.inf, -np.inf, 0.0], np.nan).dropna() for seed in table]
     return [power_exponent([float(v) for v in column.index], column.tolist()) for column in columns]
 
 

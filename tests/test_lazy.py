@@ -301,6 +301,7 @@ def test_a_power_law_has_its_exponent_and_a_decay_its_rate():
         decay_rate(t, [1.0, 0.0, 1.0])
     table = pd.DataFrame({0: [4.0, 1.0, math.nan], 1: [2.0, math.inf, 0.125]}, index=[1, 2, 16])
     assert seed_exponents(table) == pytest.approx([-2.0, -1.0])
+    assert seed_exponents(table.fillna(0.0)) == pytest.approx([-2.0, -1.0])  # a kernel that did not move at all
 
 
 def test_mode_rates_use_the_times_before_the_drift_and_within_the_span():
