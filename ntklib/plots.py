@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import NullFormatter
@@ -227,4 +228,67 @@ def network_diagram(ax: Axes, parts: Sequence[Any], marks: Mapping[str, str]) ->
     ax.text(-0.3, 0.275, "image", ha="right", va="center", fontsize=size)
     ax.set(xlim=(-0.8, len(parts)), ylim=(-0.1, 1.1))
     ax.axis("off")
+    return ax
+
+
+def phase_portrait(
+    ax: Axes, matrix: np.ndarray, paths: Sequence[np.ndarray] = (), *, exact: bool = True, limit: float = 1.2
+) -> Axes:
+    r"""Draw the flow of :math:`\dot x = A x` in the plane, measured paths on top, and the solutions that start where these do.
+
+    Args:
+        ax: Axes to draw on.
+        matrix: A, ``[2, 2]``; of a residual in the plane of two kernel eigenvectors, minus the eigenvalues on the diagonal.
+        paths: Measured paths, ``[times, 2]`` each, from their first point.
+        exact: Whether to add the solution from the first point of each path, dashed.
+        limit: Half the width of the square that is shown.
+    """
+    a = np.asarray(matrix, dtype=float)
+    grid = np.linspace(-limit, limit, 25)
+    u, v = np.meshgrid(grid, grid)
+    slope = np.tensordot(a, np.stack([u, v]), 1)
+    # sqrt of the speed: slow parts stay visible beside fast ones
+    speed = np.sqrt(np.hypot(*slope) / max(np.hypot(*slope).max(), 1e-300))
+    ax.streamplot(grid, grid, *slope, color=speed, cmap="Greys", norm=Normalize(-0.6, 1.6), density=0.8, linewidth=0.8)
+    eigvals, eigvecs = np.linalg.eig(a)
+    for path in map(np.asarray, paths):
+        if exact:
+            times = np.concatenate([[0], np.geomspace(1e-3, 1e3, 400)]) / max(np.abs(eigvals).max(), 1e-300)
+            start = np.linalg.solve(eigvecs, path[0])
+            solution = (eigvecs @ (np.exp(np.outer(eigvals, times)) * start[:, None])).real
+            ax.plot(*solution, color=PALETTE[1], linestyle="--", linewidth=1)
+        ax.plot(*path.T, color=PALETTE[0], linewidth=1.6)
+        ax.plot(*path[0], marker="o", color=PALETTE[0])
+        if len(path) > 1:
+            ax.plot(*path[-1], marker="s", color="black", markersize=3)
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    return ax
+
+
+def value_map(ax: Axes, table: pd.DataFrame, label: str = "", *, limits: tuple[float, float], levels: Sequence[float] = ()) -> Axes:
+    """Show a table of positive numbers as a logarithmic heat map with the numbers written in, and "div." where there is none.
+
+    Args:
+        ax: Axes to draw on.
+        table: Rows and columns in the order of the axes, from below and from the left.
+        label: Label of the colour bar; without one there is no bar.
+        limits: Smallest and largest value of the colours.
+        levels: Values at which to draw a line between cells.
+    """
+    values = table.to_numpy(dtype=float)
+    image = ax.imshow(values, origin="lower", aspect="auto", interpolation="nearest", norm=LogNorm(*limits))
+    for (i, j), value in np.ndenumerate(values):
+        known = np.isfinite(value)
+        dark = known and float(np.log(value / limits[0]) / np.log(limits[1] / limits[0])) < 0.6
+        ax.text(j, i, f"{value:.2g}" if known else "div.", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    for level in levels:
+        inside = np.where(np.isfinite(values), values, np.inf) >= level
+        for i, j in np.argwhere(inside[:, 1:] != inside[:, :-1]):
+            ax.plot([j + 0.5] * 2, [i - 0.5, i + 0.5], color=PALETTE[3], linewidth=2)
+        for i, j in np.argwhere(inside[1:] != inside[:-1]):
+            ax.plot([j - 0.5, j + 0.5], [i + 0.5] * 2, color=PALETTE[3], linewidth=2)
+    ax.set_xticks(range(values.shape[1]), [f"{c:g}" for c in table.columns])
+    ax.set_yticks(range(values.shape[0]), [f"{r:g}" for r in table.index])
+    if label:
+        ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
     return ax

@@ -34,6 +34,7 @@ NUMERIC = (
     "infinite.py",
     "input_noise.py",
     "kernels",
+    "lazy.py",
     "linear_curvature.py",
     "linear_networks.py",
     "linearized.py",

@@ -114,6 +114,29 @@ def kernel_change(k1: Tensor, k2: Tensor) -> KernelChange:
     return KernelChange(total, (n1 - n2) ** 2, 2 * distance * n1 * n2)
 
 
+@torch.no_grad()
+def kernel_drift(k0: Tensor, k: Tensor) -> float:
+    r"""Return :math:`\lVert K - K_0 \rVert_F / \lVert K_0 \rVert_F`, how far a kernel has moved from where it was, scale included.
+
+    (The poster speaks of kernel drift without a formula; the relative Frobenius norm is the usual one.) Unlike S it sees a change
+    of scale, and it is not symmetric: the first kernel is the unit.
+
+    Args:
+        k0: Kernel at the start, any shape.
+        k: Kernel now, the same shape.
+
+    Raises:
+        ValueError: If shapes differ, a kernel is not finite, or the first one is zero.
+    """
+    _check_shapes(k0, k)
+    norm = _norm(k0)
+    moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in _pairs(k0, k)))
+    if not math.isfinite(moved):
+        msg = f"Kernels must be finite. Got a difference of norm {moved}: leave diverged runs out."
+        raise ValueError(msg)
+    return moved / norm
+
+
 def distances_to_earlier(memory: MutableMapping[str, Tensor], name: str, step: int, kernel: Tensor) -> dict[int, float]:
     """Return the distance S of a kernel to each one remembered under ``name``, by step, and remember it too.
 

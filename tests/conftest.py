@@ -46,6 +46,7 @@ NUMERIC = (
             "uses",
         )
     ),
+    "lazy",
     "linear_curvature",
     "linear_networks",
     "linearized",

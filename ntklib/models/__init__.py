@@ -11,6 +11,7 @@ from ntklib.models.between import between
 from ntklib.models.initialization import SCHEMES, initialize, scale_parameters
 from ntklib.models.mlp import ACTIVATIONS, MLP
 from ntklib.models.modular_transformer import ModularTransformer
+from ntklib.models.ntk_mlp import NTKMLP, NTKLinear, ScaledOutput
 from ntklib.models.outline import Part, inner_outputs, outline, part_of
 from ntklib.models.resnet import LAYERS, ResNet
 from ntklib.models.vgg import STAGES, VGG
@@ -20,9 +21,9 @@ from ntklib.random import stream
 from ntklib.text import unknown
 
 __all__ = [
-    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "SCHEMES", "STAGES", "VGG", "WIDE", "ModularTransformer", "Part", "ResNet", "ViT",
-    "WideResNet", "between", "build", "calibrate_batch_norm", "check_name", "initialize", "inner_outputs", "outline", "part_of",
-    "recalibrated", "scale_parameters",
+    "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "NTKMLP", "SCHEMES", "STAGES", "VGG", "WIDE", "ModularTransformer", "NTKLinear",
+    "Part", "ResNet", "ScaledOutput", "ViT", "WideResNet", "between", "build", "calibrate_batch_norm", "check_name", "initialize",
+    "inner_outputs", "outline", "part_of", "recalibrated", "scale_parameters",
 ]  # fmt: skip
 
 NAMES = ("mlp", *STAGES, *LAYERS, *WIDE, "vit")

@@ -2,11 +2,20 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ntklib.text import unknown
 
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "identity": nn.Identity}
+
+class Erf(nn.Module):
+    """The error function: a sigmoid whose infinite-width kernel has a closed form, see ``ntklib.infinite_ntk``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.erf(x)
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "erf": Erf, "identity": nn.Identity}
 
 
 class MLP(nn.Module):
@@ -18,7 +27,7 @@ class MLP(nn.Module):
         d: Input dimension (product of all axes but the first).
         widths: Hidden units per hidden layer; empty for a linear model.
         c: Outputs.
-        activation: ``"relu"``, ``"tanh"``, ``"gelu"`` or ``"identity"`` (a deep linear network).
+        activation: ``"relu"``, ``"tanh"``, ``"gelu"``, ``"erf"`` or ``"identity"`` (a deep linear network).
         bias: Whether layers have biases.
     """
 
