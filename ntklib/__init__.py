@@ -15,6 +15,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "ntklib.chapters": ["Chapter", "Provenance"],
     "ntklib.claims": ["Measured", "Verdicts", "over_seeds"],
+    "ntklib.cone": [
+        "angle_speed",
+        "angles_from_distances",
+        "angles_to_axis",
+        "classical_scaling",
+        "mean_by_lag",
+        "measured_steps",
+        "phase_boundary",
+        "path_lengths",
+        "power_exponent",
+    ],
     "ntklib.curvature": ["hessian_operator", "sharpness"],
     "ntklib.estimators": ["TraceEstimate", "ntk_trace"],
     "ntklib.functional": ["functional_model"],
@@ -22,7 +33,7 @@ _HOMES = {
     "ntklib.infinite": ["infinite_nngp", "infinite_ntk"],
     "ntklib.linear_curvature": ["aligned_hessian_eigenvalues", "minimum_curvature", "transverse_multiplier"],
     "ntklib.linear_networks": ["aligned_descent", "balancing_gap", "factorization_network", "matrix_descent"],
-    "ntklib.linearized": ["constant_kernel_flow", "kernel_regression", "linearize"],
+    "ntklib.linearized": ["constant_kernel_flow", "continue_linearized", "kernel_regression", "linearize"],
     "ntklib.margin": [
         "TangentMargin",
         "block_means",
@@ -48,6 +59,7 @@ _HOMES = {
     "ntklib.reference": ["load_reference"],
     "ntklib.runs": ["Run", "RunResult", "combine", "with_quantity"],
     "ntklib.settings": [
+        "ConeSettings",
         "FactorizationSettings",
         "FullBatchSettings",
         "MarginSettings",

@@ -17,6 +17,7 @@ torch.set_num_threads(1)  # tiny nets: threads that wait for each other cost far
 # annotations like Float[Tensor, "n c"] are checked at every call, in tests only; kernels.capture, run at every operation, has none
 NUMERIC = (
     "checks",
+    "cone",
     "curvature",
     "data",
     "directions",

@@ -38,7 +38,8 @@ def build(
 
     Args:
         name: ``"mlp"`` (two hidden ReLU layers of ``width`` units); ``"cnn"``, ``"vgg11"``, ``"vgg16"``, ``"resnet18"``,
-            ``"resnet34"``, ``"resnet50"``, ``"resnet101"`` (first stage with ``width`` channels; 64 is the standard network);
+            ``"resnet34"``, ``"resnet50"``, ``"resnet101"``, ``"resnet20"`` (first stage with ``width`` channels; 64 is the standard
+            network, 16 for ``"resnet20"``);
             ``"vit"`` (tokens of dimension ``width``, a multiple of 4).
         input_shape: Shape of one input, ``(channels, height, width)`` for all but the multilayer perceptron.
         num_classes: Outputs c.

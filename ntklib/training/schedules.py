@@ -6,13 +6,14 @@ import numpy as np
 
 from ntklib.text import unknown
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "step")
 
 
 def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> float:
-    r"""Learning rate of step ``step`` (0-based): ``lr``, or the half cosine ``lr/2 (1 + cos(pi step/total_steps))``.
+    r"""Learning rate of step ``step`` (0-based): ``lr``, or the half cosine ``lr/2 (1 + cos(pi step/total_steps))``, or steps.
 
-    The cosine is updated every step, falls from ``lr`` to nearly 0 and has no warm-up or restart (Loshchilov & Hutter 2017,
+    ``"step"`` divides ``lr`` by 10 after half and again after three quarters of the steps, as at epochs 80 and 120 of 160 (He et al.
+    2016, arXiv:1512.03385v1, section 4.2, who do so at 32k and 48k of 64k). The cosine is updated every step, falls from ``lr`` to nearly 0 and has no warm-up or restart (Loshchilov & Hutter 2017,
     arXiv:1608.03983v5, Eq. 5 with one period).
 
     Raises:
@@ -22,6 +23,8 @@ def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> floa
         raise ValueError(unknown("schedule", schedule, SCHEDULES))
     if schedule == "constant":
         return lr
+    if schedule == "step":
+        return lr / 10 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
     return 0.5 * lr * (1 + math.cos(math.pi * step / total_steps))
 
 
