@@ -49,7 +49,11 @@ def angle_speed(time: Float[np.ndarray, " m"], angle: Float[np.ndarray, "m m"]) 
 
 
 def mean_by_lag(
-    time: Float[np.ndarray, " m"], distance: Float[np.ndarray, "m m"], lags: Sequence[float], first: float, last: float
+    time: Float[np.ndarray, " m"],
+    distance: Float[np.ndarray, "m m"],
+    lags: Sequence[int] | Sequence[float],
+    first: int | float,
+    last: int | float,
 ) -> Float[np.ndarray, " lags"]:
     r"""Mean distance of two kernels by the time between them, :math:`\langle S(K_t, K_{t + \ell}) \rangle_t`.
 
@@ -75,7 +79,7 @@ def mean_by_lag(
     return np.array(means, dtype=float)
 
 
-def power_exponent(lag: Sequence[float] | np.ndarray, distance: Sequence[float] | np.ndarray) -> float:
+def power_exponent(lag: Sequence[int] | Sequence[float] | np.ndarray, distance: Sequence[float] | np.ndarray) -> float:
     r"""Exponent q of the power law :math:`S \propto \ell^{\,q}`: least-squares slope of log S against log lag.
 
     For unit kernels 2S is the squared chord, so q = 2 for straight (ballistic) motion, 1 for a random walk, 0 for a path that is
@@ -203,9 +207,7 @@ def _best_split(y: np.ndarray) -> tuple[int, float]:
     return best + 2, 1 - rest[best] / total if total else 0.0
 
 
-def classical_scaling(
-    angle: Float[np.ndarray, "m m"], dimensions: int = 2
-) -> tuple[Float[np.ndarray, "m dimensions"], float]:
+def classical_scaling(angle: Float[np.ndarray, "m m"], dimensions: int = 2) -> tuple[Float[np.ndarray, "m dimensions"], float]:
     r"""Place unit kernels in a few dimensions so that their chords are kept as well as possible.
 
     Classical multidimensional scaling (Torgerson 1952) of the chords 2 sin(angle/2): the principal components of the unit kernels,
