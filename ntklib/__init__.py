@@ -25,6 +25,7 @@ _HOMES = {
         "phase_boundary",
         "path_lengths",
         "power_exponent",
+        "power_law",
     ],
     "ntklib.curvature": ["hessian_operator", "sharpness"],
     "ntklib.estimators": ["TraceEstimate", "ntk_trace"],

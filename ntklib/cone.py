@@ -199,6 +199,28 @@ def phase_boundary(
     return Boundary(float(t[split]), ratio, explained, float(np.std(draws, ddof=1)) if len(v) > 1 else math.nan)
 
 
+def power_law(time: Float[np.ndarray, " m"], speed: Float[np.ndarray, " m"]) -> tuple[float, float]:
+    """Fit a power law of time to a speed: its exponent, and the share of the variance of the logarithm that it explains.
+
+    The share compares with ``phase_boundary``'s: the larger one says whether the speed falls in a step or steadily.
+
+    Args:
+        time: Positive times.
+        speed: Positive speeds; zeros are raised to the smallest positive value.
+
+    Raises:
+        ValueError: If there are fewer than three times, a time is not positive, or no speed is.
+    """
+    t, v = np.asarray(time, dtype=float), np.asarray(speed, dtype=float)
+    if not (len(t) == len(v) >= 3 and (t > 0).all() and (v > 0).any()):
+        msg = f"At least three positive times, and a speed that is positive, are required. Got {len(t)} times, {len(v)} speeds."
+        raise ValueError(msg)
+    x, y = np.log(t), np.log(np.maximum(v, v[v > 0].min()))
+    slope, level = np.polyfit(x, y, 1)
+    rest, total = np.square(y - slope * x - level).sum(), np.square(y - y.mean()).sum()
+    return float(slope), float(1 - rest / total) if total else 1.0
+
+
 def _best_split(y: np.ndarray) -> tuple[int, float]:
     """Index of the first value of the second level, and the share of the variance explained."""
     total = float(np.square(y - y.mean()).sum())

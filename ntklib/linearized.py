@@ -27,10 +27,11 @@ def linearize(model: nn.Module, *, centered: bool = False) -> "LinearizedModel":
     .. math:: f_{\mathrm{lin}}(x; \theta) = f(x; \theta_0) + J(x; \theta_0)\,(\theta - \theta_0)
 
     (Lee et al. 2019, arXiv:1902.06720v4, section 2.2.) The centred model leaves out f(x; theta_0), so it starts from the output 0
-    with the same kernel, and keeps of the network nothing but its kernel (Loo et al. 2022, arXiv:2210.12030). The result is a module with trainable
-    parameters theta under the model's own names, which start at theta_0, so it trains like any other: with an optimizer, with
-    ``gradient_descent`` or ``sgd``. It is affine in theta, and its NTK is that of the model at theta_0 for ever. A forward pass is
-    one Jacobian-vector product, about three forward passes of the model; a backward pass costs what the model's does.
+    with the same kernel, and keeps of the network nothing but its kernel (Loo et al. 2022, arXiv:2210.12030). The result is a
+    module with trainable parameters theta under the model's own names, which start at theta_0, so it trains like any other: with
+    an optimizer, with ``gradient_descent`` or ``sgd``. It is affine in theta, and its NTK is that of the model at theta_0 for ever.
+    A forward pass is one Jacobian-vector product, about four forward passes of the model; a backward pass costs what the model's
+    does. Together a training step is about two of the model's (``python -m benchmarks.linearized_step``).
 
     The model is expanded in eval mode: batch normalisation uses the running statistics that it has now, whether the result is in
     ``train()`` or ``eval()``. Buffers and parameters without ``requires_grad`` are constants. The model is copied, never changed.

@@ -17,6 +17,7 @@ from ntklib.cone import (
     path_lengths,
     phase_boundary,
     power_exponent,
+    power_law,
 )
 from ntklib.similarity import kernel_angle, kernel_distance
 
@@ -167,6 +168,21 @@ def test_the_best_split_is_that_of_least_squares_over_all_splits():
 def test_a_steady_fall_is_three_quarters_of_a_step():
     t = np.arange(400.0)
     assert phase_boundary(t, np.exp(-t / 50)[None]).explained == pytest.approx(0.75, abs=1e-3)
+
+
+def test_a_power_law_is_explained_by_one_and_not_by_two_levels():
+    t, rng = np.arange(1.0, 60.0), np.random.default_rng(0)
+    slope, share = power_law(t, 3 * t**-0.7)
+    assert slope == pytest.approx(-0.7, rel=1e-10)
+    assert share == pytest.approx(1, abs=1e-10)
+    y = -0.7 * np.log(t) + 0.3 * rng.normal(size=len(t))
+    expected = np.corrcoef(np.log(t), y)[0, 1] ** 2
+    assert power_law(t, np.exp(y))[1] == pytest.approx(expected, rel=1e-10)
+    assert phase_boundary(t, np.exp(y)[None]).explained < expected
+    assert power_law(t, np.ones(59)) == (pytest.approx(0, abs=1e-12), 1.0)
+    for times, speeds in ((t - 1, t), (t[:2], t[:2]), (t, 0 * t)):
+        with pytest.raises(ValueError, match="At least three positive times, and a speed that is positive, are required"):
+            inspect.unwrap(power_law)(times, speeds)
 
 
 def test_a_motionless_end_counts_as_the_smallest_speed():

@@ -266,7 +266,7 @@ def test_in_the_limit_of_small_steps_training_is_the_flow_of_the_constant_kernel
     assert (expected - f_0).norm() > 0.1
 
 
-def small_data(model: nn.Module, x: torch.Tensor) -> Dataset:
+def small_data(x: torch.Tensor) -> Dataset:
     y = torch.arange(len(x)) % C
     return Dataset("random", x, y, x, y, C)
 
@@ -274,7 +274,7 @@ def small_data(model: nn.Module, x: torch.Tensor) -> Dataset:
 def test_a_linear_model_goes_on_linearized_as_it_would_have_gone_on():
     """A linear model is its own linearization, so batches, learning rates and velocities must be the same ones."""
     model, x = linear(), normal(8, 1, 2, 3)
-    data, options = small_data(model, x), {"lr": 0.1, "momentum": 0.9, "batch_size": 2, "epochs": 6, "schedule": "cosine"}
+    data, options = small_data(x), {"lr": 0.1, "momentum": 0.9, "batch_size": 2, "epochs": 6, "schedule": "cosine"}
     for state in sgd(model, data, **options, measure_at={7}):
         if state.step == 7:
             before = copy.deepcopy(model.state_dict())
@@ -290,7 +290,7 @@ def test_a_linear_model_goes_on_linearized_as_it_would_have_gone_on():
 
 def test_a_network_goes_on_linearized_with_its_velocity():
     model, x = mlp(), normal(8, 1, 2, 3)
-    data, options = small_data(model, x), {"lr": 0.1, "momentum": 0.9, "batch_size": 4, "epochs": 3}
+    data, options = small_data(x), {"lr": 0.1, "momentum": 0.9, "batch_size": 4, "epochs": 3}
     for state in sgd(model, data, **options, measure_at={3}):
         if state.step == 3:
             lin, checkpoint = continue_linearized(state)

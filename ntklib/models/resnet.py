@@ -42,7 +42,8 @@ class ResNet(nn.Module):
     for images of 32 pixels and meant by the main paper's "ResNet18". Stage ``k`` has
     ``width * 2**(k-1)`` channels (times 4 after bottlenecks); ``width=64`` is the standard network, 11.2 M parameters at depth 18
     with 3 input channels and 10 outputs. ``"resnet20"`` is the CIFAR network itself, of three stages: ``width=16`` is the standard
-    one, 0.27 M parameters (with a convolution as the shortcut wherever the number of channels changes). Inputs ``[n, in_channels, h, w]``, outputs ``[n, num_classes]`` (logits).
+    one, 0.27 M parameters (with a convolution as the shortcut wherever the number of channels changes). Inputs
+    ``[n, in_channels, h, w]``, outputs ``[n, num_classes]`` (logits).
     """
 
     def __init__(self, name: str, *, in_channels: int, num_classes: int, width: int) -> None:

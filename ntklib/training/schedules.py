@@ -10,11 +10,11 @@ SCHEDULES = ("constant", "cosine", "step")
 
 
 def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> float:
-    r"""Learning rate of step ``step`` (0-based): ``lr``, or the half cosine ``lr/2 (1 + cos(pi step/total_steps))``, or steps.
+    r"""Learning rate of step ``step`` (0-based): ``lr``, or ``lr/2 (1 + cos(pi step/total_steps))``, or a staircase.
 
-    ``"step"`` divides ``lr`` by 10 after half and again after three quarters of the steps, as at epochs 80 and 120 of 160 (He et al.
-    2016, arXiv:1512.03385v1, section 4.2, who do so at 32k and 48k of 64k). The cosine is updated every step, falls from ``lr`` to nearly 0 and has no warm-up or restart (Loshchilov & Hutter 2017,
-    arXiv:1608.03983v5, Eq. 5 with one period).
+    ``"step"`` divides ``lr`` by 10 after half and again after three quarters of the steps, as at epochs 80 and 120 of 160 (He et
+    al. 2016, arXiv:1512.03385v1, section 4.2, at 32k and 48k of 64k steps). The cosine is updated every step, falls from ``lr`` to
+    nearly 0 and has no warm-up or restart (Loshchilov & Hutter 2017, arXiv:1608.03983v5, Eq. 5 with one period).
 
     Raises:
         ValueError: If the schedule is unknown.
