@@ -159,7 +159,7 @@ def test_the_boundary_of_two_levels_is_found_with_its_ratio_and_uncertainty():
 def test_the_best_split_is_that_of_least_squares_over_all_splits():
     y = np.random.default_rng(3).normal(size=15).cumsum()
     rest = {k: y[:k].var() * k + y[k:].var() * (15 - k) for k in range(2, 14)}
-    best = min(rest, key=rest.get)
+    best = min(rest, key=lambda k: rest[k])
     found = phase_boundary(np.arange(15.0), np.exp(y)[None])
     assert found.time == best
     assert found.explained == pytest.approx(1 - rest[best] / (15 * y.var()), rel=1e-10)
