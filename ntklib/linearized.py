@@ -14,43 +14,80 @@ from ntklib.filters import decompose, filter_matrix, filter_operator
 from ntklib.functional import functional_model, unwrap
 from ntklib.kernels import flatten_kernel
 from ntklib.spectra import LinearMap
+from ntklib.training.minibatch import Checkpoint
+from ntklib.training.state import State
 
 Kernel = Float[Tensor, "n n c c"] | Float[Tensor, "k k"] | LinearMap
 TestKernel = Float[Tensor, "m n c c"] | Float[Tensor, "l k"] | LinearMap
 
 
-def linearize(model: nn.Module) -> "LinearizedModel":
+def linearize(model: nn.Module, *, centered: bool = False) -> "LinearizedModel":
     r"""Return the first-order Taylor expansion of a model in its parameters, around their present values.
 
     .. math:: f_{\mathrm{lin}}(x; \theta) = f(x; \theta_0) + J(x; \theta_0)\,(\theta - \theta_0)
 
-    (Lee et al. 2019, arXiv:1902.06720v4, section 2.2; not centred: f(x; theta_0) stays.) The result is a module with trainable
-    parameters theta under the model's own names, which start at theta_0, so it trains like any other: with an optimizer, with
-    ``gradient_descent`` or ``sgd``. It is affine in theta, and its NTK is that of the model at theta_0 for ever. A forward pass is
-    one Jacobian-vector product, about three forward passes of the model; a backward pass costs what the model's does.
+    (Lee et al. 2019, arXiv:1902.06720v4, section 2.2.) The centred model leaves out f(x; theta_0), so it starts from the output 0
+    with the same kernel, and keeps of the network nothing but its kernel (Loo et al. 2022, arXiv:2210.12030). The result is a
+    module with trainable parameters theta under the model's own names, which start at theta_0, so it trains like any other: with
+    an optimizer, with ``gradient_descent`` or ``sgd``. It is affine in theta, and its NTK is that of the model at theta_0 for ever.
+    A forward pass is one Jacobian-vector product, about four forward passes of the model; a backward pass costs what the model's
+    does. Together a training step is about two of the model's (``python -m benchmarks.linearized_step``).
 
     The model is expanded in eval mode: batch normalisation uses the running statistics that it has now, whether the result is in
     ``train()`` or ``eval()``. Buffers and parameters without ``requires_grad`` are constants. The model is copied, never changed.
 
     Args:
         model: Network in eval mode, ``[n, *input] -> [n, c]``. A linearized model is returned as a copy, being its own expansion.
+        centered: Leave out the constant f(x; theta_0).
 
     Returns:
         The linearized model. Its ``state_dict`` holds theta, buffers under the model's names and theta_0 under ``theta_0.``, so
         ``model.load_state_dict(lin.state_dict(), strict=False)`` puts theta into the model.
 
     Raises:
-        ValueError: If rows interact (batch normalisation in training mode: call ``model.eval()``), or no parameter is trainable.
+        ValueError: If rows interact (batch normalisation in training mode: call ``model.eval()``), no parameter is trainable, or a
+            linearized model that is not centred is to be centred.
     """
     model = unwrap(model)
-    return copy.deepcopy(model) if isinstance(model, LinearizedModel) else LinearizedModel(model)
+    if not isinstance(model, LinearizedModel):
+        return LinearizedModel(model, centered=centered)
+    if centered and not model.centered:
+        msg = "A model must be centred when it is linearized. Got a linearized model: call linearize(model, centered=True) before."
+        raise ValueError(msg)
+    return copy.deepcopy(model)
+
+
+def continue_linearized(
+    state: State, model: nn.Module | None = None, *, centered: bool = False
+) -> tuple["LinearizedModel", Checkpoint]:
+    """Return what a training loop needs to go on from a state with the network linearized there.
+
+    ``sgd(lin, data, ..., resume=checkpoint)`` with the arguments of the first run takes the steps that this would have taken next:
+    the same batches, learning rates and, as the optimizer's memory is handed on, velocities; only the network is another one.
+
+    Args:
+        state: State of a training loop; neither it nor its model is changed.
+        model: Network to linearize in place of ``state.model``: the same parameters, for example with batch-normalisation
+            statistics that were recalibrated.
+        centered: See ``linearize``.
+
+    Returns:
+        The linearized network, and the checkpoint to resume it from.
+
+    Raises:
+        ValueError: As ``linearize``.
+    """
+    lin = linearize(state.model if model is None else model, centered=centered)
+    memory = {name: w.clone() for name, w in state.tensors().items() if name.startswith("optimizer.")}
+    return lin, (state.step, {f"model.{name}": w for name, w in lin.state_dict().items()} | memory)
 
 
 class LinearizedModel(nn.Module):
     """What ``linearize`` returns: parameters theta, the expansion point theta_0 as buffers, and the model's code."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, centered: bool = False):
         super().__init__()
+        self.centered = centered
         self._names = tuple(functional_model(model)[1])  # trainable ones; refuses rows that interact
         if any(name.split(".")[0] == "theta_0" for name in model.state_dict()):
             msg = "The model must have no part named 'theta_0', which names the expansion point. Got one. Rename it."
@@ -83,7 +120,7 @@ class LinearizedModel(nn.Module):
         step = {name: params[name] - w for name, w in theta_0.items()}
         with plain_attention():
             pair = jvp(lambda theta: self._f({**constants, **theta}, x), (theta_0,), (step,))
-        return pair[0] + pair[1]  # f_0 + J (theta - theta_0)
+        return pair[1] if self.centered else pair[0] + pair[1]  # f_0 + J (theta - theta_0)
 
 
 def _without_numbers(model: nn.Module) -> nn.Module:

@@ -91,7 +91,7 @@ class SupervisedSettings(ImageSettings):
         weight_decay: Weight decay, added to the gradient but for ``"adamw"``.
         batch_size: Examples per step.
         epochs: Passes over the training data.
-        schedule: ``"constant"`` or ``"cosine"``.
+        schedule: ``"constant"``, ``"cosine"`` or ``"step"``.
         loss: ``"cross_entropy"`` or ``"half_mse"``.
         augment: ``"none"`` or ``"crop_flip"``.
         ema_decays: Decay rates of moving averages of the parameters that the run carries, see ``ExponentialAverages``.
@@ -148,6 +148,24 @@ class SupervisedSettings(ImageSettings):
             msg = f"num_probe must be at most num_train = {self.num_train}, the training images there are. Got {self.num_probe}."
             raise ValueError(msg)
         return self
+
+
+class ConeSettings(SupervisedSettings):
+    """One training run whose kernels are compared with each other, and linearized trainings that branch off it.
+
+    Attributes:
+        interval: Steps between the equally spaced kernels.
+        starts: Steps from which kernels are measured at lags 1, 2, 4, ...; those after the end are left out.
+        num_lags: How many of these lags.
+        switch_at: Steps at which training goes on linearized, to the end; those after the end are left out.
+        centered_at: Steps at which it goes on with the centred linearized network.
+    """
+
+    interval: Positive
+    starts: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    num_lags: Positive = 1
+    switch_at: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    centered_at: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
 
 class FullBatchSettings(ImageSettings):

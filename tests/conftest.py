@@ -19,6 +19,7 @@ NUMERIC = (
     "alignment",
     "averaging",
     "checks",
+    "cone",
     "curvature",
     "data",
     "directions",

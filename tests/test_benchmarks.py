@@ -288,3 +288,12 @@ def test_the_tables_of_methods_and_workloads_fit_together():
 def test_the_parent_process_imports_no_torch():
     code = "import sys, benchmarks.__main__; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=workloads.ROOT)
+
+
+def test_a_linearized_step_is_timed_beside_a_step_of_the_network():
+    from benchmarks.linearized_step import main
+
+    arguments = ["--model", "mlp", "--width", "4", "--batch-size", "8", "--size", "4", "--rounds", "2"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"ratio \d+\.\d\d, target at most 3: (met|missed)", done.output)

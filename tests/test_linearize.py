@@ -11,7 +11,7 @@ from torch import nn
 
 from ntklib.data.datasets import Dataset
 from ntklib.kernels import empirical_ntk
-from ntklib.linearized import constant_kernel_flow, linearize
+from ntklib.linearized import constant_kernel_flow, continue_linearized, linearize
 from ntklib.models import MLP, build, calibrate_batch_norm, initialize
 from ntklib.random import stream
 from ntklib.training import gradient_descent, sgd
@@ -210,3 +210,96 @@ def test_stochastic_descent_trains_a_linearized_network_with_batch_normalisation
     losses = [state.loss for state in sgd(lin, data, lr=0.01, batch_size=2, epochs=8)]
     assert losses[-1] < losses[1]
     torch.testing.assert_close(empirical_ntk(lin, x), empirical_ntk(model, x), rtol=1e-11, atol=1e-9)  # reordered
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_centred_model_is_the_linearized_one_without_the_constant(name):
+    model, x = module(name)
+    lin, centered = moved(linearize(model), 0.3), moved(linearize(model, centered=True), 0.3)
+    torch.testing.assert_close(centered(x), lin(x) - model(x), rtol=1e-11, atol=1e-11)  # reordered
+    assert not linearize(model, centered=True)(x).any()
+    copied = linearize(centered)
+    assert copied.centered
+    assert torch.equal(copied(x), centered(x))
+
+
+def test_the_centred_model_flows_as_its_kernel_from_zero():
+    model, x, labels, lr = mlp(), normal(N, D), torch.tensor([0, 2, 1, 2]), 0.3
+    states = [s.model(x).detach() for s in gradient_descent(linearize(model, centered=True), x, labels, lr=lr, steps=20)]
+    y = one_hot_by_loops(labels, C)
+    times = lr / N * torch.arange(21, **FLOAT64)
+    expected = constant_kernel_flow(empirical_ntk(model, x), torch.zeros_like(y), y, times, lr=lr / N)
+    torch.testing.assert_close(torch.stack(states), expected, rtol=1e-10, atol=1e-10)  # 20 steps of rounding
+
+
+def test_a_linearized_model_is_not_centred_afterwards():
+    with pytest.raises(ValueError, match=r"must be centred when it is linearized. Got a linearized model: call linearize\(model"):
+        linearize(linearize(mlp()), centered=True)
+
+
+def flow_by_runge_kutta(lin: nn.Module, x: torch.Tensor, y: torch.Tensor, time: float, steps: int) -> torch.Tensor:
+    """Outputs after the gradient flow of half the summed squares, by the classical method of fourth order in the parameters."""
+    params = list(lin.parameters())
+    start = torch.nn.utils.parameters_to_vector(params).detach()
+
+    def velocity(w):
+        torch.nn.utils.vector_to_parameters(w, params)
+        gradients = torch.autograd.grad((lin(x) - y).square().sum() / 2, params)
+        return -torch.cat([g.reshape(-1) for g in gradients])
+
+    w, h = start, time / steps
+    for _ in range(steps):
+        a = velocity(w)
+        b = velocity(w + h / 2 * a)
+        c = velocity(w + h / 2 * b)
+        w = w + h / 6 * (a + 2 * b + 2 * c + velocity(w + h * c))
+    torch.nn.utils.vector_to_parameters(w, params)
+    return lin(x).detach()
+
+
+def test_in_the_limit_of_small_steps_training_is_the_flow_of_the_constant_kernel():
+    model, x, y, time = mlp(), normal(N, D), normal(N, C, use="y"), 0.5
+    kernel, f_0 = empirical_ntk(model, x), model(x).detach()
+    expected = constant_kernel_flow(kernel, f_0, y, torch.tensor([time], **FLOAT64))[0]
+    found = flow_by_runge_kutta(linearize(model), x, y, time, 200)  # (lambda h)^4 is below 1e-9
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+    assert (expected - f_0).norm() > 0.1
+
+
+def small_data(x: torch.Tensor) -> Dataset:
+    y = torch.arange(len(x)) % C
+    return Dataset("random", x, y, x, y, C)
+
+
+def test_a_linear_model_goes_on_linearized_as_it_would_have_gone_on():
+    """A linear model is its own linearization, so batches, learning rates and velocities must be the same ones."""
+    model, x = linear(), normal(8, 1, 2, 3)
+    data, options = small_data(x), {"lr": 0.1, "momentum": 0.9, "batch_size": 2, "epochs": 6, "schedule": "cosine"}
+    for state in sgd(model, data, **options, measure_at={7}):
+        if state.step == 7:
+            before = copy.deepcopy(model.state_dict())
+            lin, checkpoint = continue_linearized(state)
+            *_, last = sgd(lin, data, **options, measure_at=(), resume=checkpoint)
+            assert last.step == 24
+            assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+            centered, again = continue_linearized(state, centered=True)
+            assert again[0] == 7
+            assert centered.centered
+    torch.testing.assert_close(lin(x), model(x), rtol=1e-12, atol=1e-12)  # reordered sums over 17 steps
+
+
+def test_a_network_goes_on_linearized_with_its_velocity():
+    model, x = mlp(), normal(8, 1, 2, 3)
+    data, options = small_data(x), {"lr": 0.1, "momentum": 0.9, "batch_size": 4, "epochs": 3}
+    for state in sgd(model, data, **options, measure_at={3}):
+        if state.step == 3:
+            lin, checkpoint = continue_linearized(state)
+            first = next(sgd(lin, data, **options, measure_at={4}, resume=checkpoint))
+            ahead = [w.detach().clone() for w in first.model.parameters()]
+            break
+    for state in sgd(fresh := mlp(), data, **options, measure_at={4}):
+        if state.step == 4:
+            theirs = [w.detach().clone() for w in fresh.parameters()]
+    # at its first step the linearized network has the gradient of the network
+    for ours, other in zip(ahead, theirs, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)

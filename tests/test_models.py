@@ -83,6 +83,12 @@ def test_the_kernel_of_a_wide_network_is_that_of_the_definition():
     torch.testing.assert_close(empirical_ntk(model, x), ntk_by_definition(model, x, x), rtol=1e-10, atol=1e-12)
 
 
+def test_the_small_residual_network_has_a_quarter_of_a_million_parameters():
+    count = sum(w.numel() for w in make("resnet20", width=16).parameters())
+    # 0.27 M in He et al. 2016, Table 6; two convolutions with normalisation as shortcuts
+    assert count == 269_722 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_maps_images_to_outputs(name):
     out = make(name).eval()(torch.ones(2, 3, 32, 32))
@@ -91,12 +97,13 @@ def test_every_network_maps_images_to_outputs(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_residual_networks_halve_the_image_three_times(name):
+def test_residual_networks_halve_the_image_at_every_stage_but_the_first(name):
     model, sizes = make(name).eval(), []
-    for stage in (model.stem, model.layer1, model.layer2, model.layer3, model.layer4):
+    stages = [getattr(model, f"layer{number}") for number in range(1, 1 + len(LAYERS[name]))]
+    for stage in (model.stem, *stages):
         stage.register_forward_hook(lambda _module, _inputs, out: sizes.append(tuple(out.shape[2:])))
     model(torch.ones(1, 3, 32, 32))
-    assert sizes == [(32, 32), (32, 32), (16, 16), (8, 8), (4, 4)]
+    assert sizes == [(32, 32), (32, 32), (16, 16), (8, 8), (4, 4)][: 1 + len(stages)]
 
 
 def test_a_residual_block_adds_its_input():

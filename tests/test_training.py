@@ -105,6 +105,13 @@ def shortened(n: int) -> Dataset:
     return Dataset("short", whole.x_train[:n], whole.y_train[:n], whole.x_test, whole.y_test, 3)
 
 
+def test_the_step_schedule_divides_by_ten_at_epochs_80_and_120_of_160():
+    rates = [learning_rate("step", 0.1, 391 * epoch, 391 * 160) for epoch in (0, 79, 80, 119, 120, 159)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rel=1e-12)
+    assert learning_rate("step", 0.1, 391 * 80 - 1, 391 * 160) == 0.1
+    assert learning_rate("step", 0.1, 391 * 120 - 1, 391 * 160) == pytest.approx(0.01, rel=1e-12)
+
+
 @pytest.mark.parametrize(("momentum", "schedule"), [(0.0, "constant"), (0.9, "constant"), (0.5, "cosine"), (0.0, "cosine")])
 def test_the_time_of_the_flow_is_the_way_under_a_constant_gradient(momentum, schedule):
     total, w, velocity, way = 30, 0.0, 0.0, [0.0]

@@ -43,8 +43,8 @@ def build(
     Args:
         name: ``"mlp"`` (two hidden ReLU layers of ``width`` units); ``"cnn"``, ``"vgg11"``, ``"vgg16"``, ``"resnet18"``,
             ``"resnet34"``, ``"resnet50"``, ``"resnet101"`` (first stage with ``width`` channels; 64 is the standard network);
-            ``"wrn10_2"``, ``"wrn16_2"``, ``"wrn28_2"`` (the same; 32 is the standard network); ``"vit"`` (tokens of dimension
-            ``width``, a multiple of 4).
+            ``"resnet20"`` (the same; 16 is the standard network); ``"wrn10_2"``, ``"wrn16_2"``, ``"wrn28_2"`` (32 is); ``"vit"``
+            (tokens of dimension ``width``, a multiple of 4).
         input_shape: Shape of one input, ``(channels, height, width)`` for all but the multilayer perceptron.
         num_classes: Outputs c.
         width: See ``name``.

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+LAYERS = {  # blocks per stage
+    "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3),
+    "resnet20": (3, 3, 3),
+}  # fmt: skip
 
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -38,7 +41,9 @@ class ResNet(nn.Module):
     The blocks of He et al. 2016 (arXiv:1512.03385v1, Table 1) behind the stem of their CIFAR networks (section 4.2), as is usual
     for images of 32 pixels and meant by the main paper's "ResNet18". Stage ``k`` has
     ``width * 2**(k-1)`` channels (times 4 after bottlenecks); ``width=64`` is the standard network, 11.2 M parameters at depth 18
-    with 3 input channels and 10 outputs. Inputs ``[n, in_channels, h, w]``, outputs ``[n, num_classes]`` (logits).
+    with 3 input channels and 10 outputs. ``"resnet20"`` is the CIFAR network itself, of three stages: ``width=16`` is the standard
+    one, 0.27 M parameters (with a convolution as the shortcut wherever the number of channels changes). Inputs
+    ``[n, in_channels, h, w]``, outputs ``[n, num_classes]`` (logits).
     """
 
     def __init__(self, name: str, *, in_channels: int, num_classes: int, width: int) -> None:
@@ -46,6 +51,7 @@ class ResNet(nn.Module):
         bottleneck = name in ("resnet50", "resnet101")
         self.stem = nn.Sequential(_conv(in_channels, width, 3), nn.BatchNorm2d(width), nn.ReLU())
         c, stages = width, []
+        self.num_stages = len(LAYERS[name])
         for stage, depth in enumerate(LAYERS[name]):
             blocks = []
             for i in range(depth):
@@ -53,9 +59,12 @@ class ResNet(nn.Module):
                 blocks.append(Block(c, width * 2**stage, stride, bottleneck=bottleneck))
                 c = width * 2**stage * (4 if bottleneck else 1)
             stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        for number, stage in enumerate(stages, 1):
+            self.add_module(f"layer{number}", stage)
         self.head = nn.Linear(c, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
+        x = self.stem(x)
+        for number in range(1, self.num_stages + 1):
+            x = self.get_submodule(f"layer{number}")(x)
         return self.head(x.mean((2, 3)))

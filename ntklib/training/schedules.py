@@ -6,7 +6,7 @@ import numpy as np
 
 from ntklib.text import unknown
 
-SCHEDULES = ("constant", "cosine", "cosine_7_16")
+SCHEDULES = ("constant", "cosine", "cosine_7_16", "step")
 
 
 def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> float:
@@ -18,6 +18,8 @@ def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> floa
                    Hutter 2017, arXiv:1608.03983v5, Eq. 5)
     cosine_7_16    ``lr cos(7 pi step/(16 total_steps))``: falls to nearly 0.195 lr (Sohn et al. 2020, arXiv:2001.07685v2,
                    section 2.4)
+    step           ``lr``, a tenth of it after half and a hundredth after three quarters of the steps, as at epochs 80 and 120 of
+                   160 (He et al. 2016, arXiv:1512.03385v1, section 4.2, at 32k and 48k of 64k steps)
     ============== =======================================================================================================
 
     All are updated every step and have no warm-up.
@@ -31,6 +33,8 @@ def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> floa
         return lr
     if schedule == "cosine_7_16":
         return lr * math.cos(7 * math.pi * step / (16 * total_steps))
+    if schedule == "step":
+        return lr / 10 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
     return 0.5 * lr * (1 + math.cos(math.pi * step / total_steps))
 
 
