@@ -19,7 +19,7 @@ def test_good_settings_are_hashable_values_with_a_resolved_device():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dataset": "mnist"}, r"Unknown dataset 'mnist'\. Did you mean '.*mnist.*'\? Known: cifar10"),
+        ({"dataset": "minst"}, r"Unknown dataset 'minst'\. Did you mean '.*mnist.*'\? Known: cifar10"),
         ({"model": "resnet81"}, r"Unknown model 'resnet81'\. Did you mean 'resnet18'\?"),
         ({"lr": -0.1}, r"lr must be greater than 0\. Got -0\.1\."),
         ({"lr": float("nan")}, r"lr must be finite\. Got nan\."),
