@@ -200,7 +200,10 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn, x: Tensor
     model.train()
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(stream(seed, "dropout", step).initial_seed())
+        masks = stream(seed, "dropout", step).initial_seed()
+        torch.default_generator.manual_seed(masks)  # torch.manual_seed formats a stack trace for a GPU that is not there
+        if x.is_cuda:
+            torch.cuda.manual_seed(masks)
         loss = loss_fn(model(x), y)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
