@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 
-def measured_steps(total: int, interval: int, starts: Sequence[int] = (), num_lags: int = 0, also: Sequence[int] = ()) -> list[int]:
+def lag_steps(total: int, interval: int, starts: Sequence[int] = (), num_lags: int = 0, also: Sequence[int] = ()) -> list[int]:
     """Steps at which kernels are measured: equally spaced ones, and lags 1, 2, 4, ... from each start.
 
     Args:
@@ -79,7 +79,7 @@ def mean_by_lag(
     return np.array(means, dtype=float)
 
 
-def power_exponent(lag: Sequence[int] | Sequence[float] | np.ndarray, distance: Sequence[float] | np.ndarray) -> float:
+def lag_exponent(lag: Sequence[int] | Sequence[float] | np.ndarray, distance: Sequence[float] | np.ndarray) -> float:
     r"""Exponent q of the power law :math:`S \propto \ell^{\,q}`: least-squares slope of log S against log lag.
 
     For unit kernels 2S is the squared chord, so q = 2 for straight (ballistic) motion, 1 for a random walk, 0 for a path that is

@@ -6,19 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-
-def power_exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return b of the least-squares line log y = a + b log x; nan with fewer than two points.
-
-    Raises:
-        ValueError: If lengths differ, or a number is not positive and finite.
-    """
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(a) != len(b) or not all((v > 0).all() and np.isfinite(v).all() for v in (a, b)):
-        got = f"lengths {len(a)} and {len(b)}, from {list(a)[:3]} and {list(b)[:3]}"
-        msg = f"x and y must be positive, finite and of one length. Got {got}."
-        raise ValueError(msg)
-    return float(np.polyfit(np.log(a), np.log(b), 1)[0]) if len(np.unique(a)) > 1 else math.nan
+from ntklib.phases import log_slope
 
 
 def decay_rate(t: Sequence[float], component: Sequence[float]) -> float:
@@ -37,7 +25,7 @@ def decay_rate(t: Sequence[float], component: Sequence[float]) -> float:
 def seed_exponents(table: pd.DataFrame) -> list[float]:
     """Return the exponent of a power law for every seed: fits of the columns against the index, without missing and zero values."""
     columns = [pd.Series(table[seed]).replace([np.inf, -np.inf, 0.0], np.nan).dropna() for seed in table]
-    return [power_exponent([float(v) for v in column.index], column.tolist()) for column in columns]
+    return [log_slope([float(v) for v in column.index], column.tolist()) for column in columns]
 
 
 def mode_rates(history: pd.DataFrame, *, max_drift: float = 0.01, span: float = 2.0) -> pd.DataFrame:

@@ -12,11 +12,11 @@ from ntklib.cone import (
     angles_from_distances,
     angles_to_axis,
     classical_scaling,
+    lag_exponent,
+    lag_steps,
     mean_by_lag,
-    measured_steps,
     path_lengths,
     phase_boundary,
-    power_exponent,
     power_law,
 )
 from ntklib.similarity import kernel_angle, kernel_distance
@@ -51,11 +51,11 @@ def on_a_cone(opening: float, num: int, dim: int = 60) -> np.ndarray:
     return np.random.default_rng(2).permutation(out)
 
 
-def test_measured_steps_are_equally_spaced_ones_and_powers_of_two_from_the_starts():
-    assert measured_steps(20, 8) == [0, 8, 16, 20]
-    assert measured_steps(20, 8, [0, 16], 3, [3, 50]) == [0, 1, 2, 3, 4, 8, 16, 17, 18, 20]
+def test_lag_steps_are_equally_spaced_ones_and_powers_of_two_from_the_starts():
+    assert lag_steps(20, 8) == [0, 8, 16, 20]
+    assert lag_steps(20, 8, [0, 16], 3, [3, 50]) == [0, 1, 2, 3, 4, 8, 16, 17, 18, 20]
     with pytest.raises(ValueError, match="interval must be at least 1. Got 0"):
-        measured_steps(20, 0)
+        lag_steps(20, 0)
 
 
 def test_angles_follow_from_distances_also_small_ones():
@@ -73,7 +73,7 @@ def test_on_a_great_circle_the_distance_grows_as_the_square_and_the_path_is_stra
     lags = [1, 2, 4, 8]
     means = mean_by_lag(t, s, lags, 0, 16)
     np.testing.assert_allclose(means, [1 - math.cos(1e-3 * lag) for lag in lags], rtol=1e-8)  # rounding of S
-    assert power_exponent(lags, means) == pytest.approx(2, abs=1e-3)  # the next order is angle^2 / 12
+    assert lag_exponent(lags, means) == pytest.approx(2, abs=1e-3)  # the next order is angle^2 / 12
     lengths = path_lengths(angle)
     assert lengths.straightness == pytest.approx(1, rel=1e-9)
     assert lengths.persistence == pytest.approx(4, rel=1e-9)  # 16 equal steps: 16 / sqrt(16)
@@ -85,7 +85,7 @@ def test_a_random_walk_has_exponent_one_and_the_chord_of_a_random_walk():
     for seed in range(4):
         points = walk(129, 1e-2, 2000, seed)
         cosine = np.clip(points @ points.T, -1, 1)
-        exponents.append(power_exponent(lags, mean_by_lag(t, 1 - cosine, lags, 0, 128)))
+        exponents.append(lag_exponent(lags, mean_by_lag(t, 1 - cosine, lags, 0, 128)))
         ratios.append(path_lengths(np.arccos(cosine)).persistence)
     assert np.mean(exponents) == pytest.approx(1, abs=0.02)  # 4 walks of 2,000 dimensions scatter by 0.005
     assert np.mean(ratios) == pytest.approx(1, abs=0.03)
@@ -94,7 +94,7 @@ def test_a_random_walk_has_exponent_one_and_the_chord_of_a_random_walk():
 def test_jumps_within_a_cone_have_exponent_zero_and_a_short_chord():
     t, points = np.arange(40.0), on_a_cone(0.2, 40)
     lags = [1, 2, 4, 8]
-    assert abs(power_exponent(lags, mean_by_lag(t, pairwise(points, kernel_distance), lags, 0, 39))) < 0.05
+    assert abs(lag_exponent(lags, mean_by_lag(t, pairwise(points, kernel_distance), lags, 0, 39))) < 0.05
     assert path_lengths(pairwise(points, kernel_angle)).persistence < 0.3  # about 1 / sqrt(39)
 
 
@@ -105,7 +105,7 @@ def test_the_mean_by_lag_takes_the_pairs_within_the_window_alone():
     found = mean_by_lag(t, s, [1, 2, 3], 1, 2)
     assert found[0] == 4.0
     assert np.isnan(found[1:]).all()
-    assert math.isnan(power_exponent([1, 2], [0.1, math.nan]))
+    assert math.isnan(lag_exponent([1, 2], [0.1, math.nan]))
 
 
 @pytest.mark.parametrize("opening", [0.1, 0.7])

@@ -27,7 +27,6 @@ from ntklib import (
     mode_rates,
     models,
     plots,
-    power_exponent,
     scale_share,
     seed_exponents,
 )
@@ -288,12 +287,7 @@ def test_settings_that_make_no_problem_are_refused():
         SMALL.but(task="digit")
 
 
-def test_a_power_law_has_its_exponent_and_a_decay_its_rate():
-    x = [1.0, 2.0, 8.0]
-    assert power_exponent(x, [3 * v**-0.75 for v in x]) == pytest.approx(-0.75, rel=1e-12)
-    assert math.isnan(power_exponent([2.0], [1.0]))
-    with pytest.raises(ValueError, match="positive, finite and of one length"):
-        power_exponent(x, [1.0, 0.0, 1.0])
+def test_a_decay_has_its_rate():
     t = [0.0, 0.5, 2.0]
     assert decay_rate(t, [-3 * math.exp(-1.7 * v) for v in t]) == pytest.approx(1.7, rel=1e-12)
     assert math.isnan(decay_rate(t[:2], [1.0, 1.0]))

@@ -80,6 +80,13 @@ def test_importing_the_package_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_every_public_name_has_one_home():
+    import ntklib
+
+    names = [name for home in ntklib._HOMES.values() for name in home]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_every_public_name_exists_and_has_a_docstring():
     import ntklib
 
