@@ -1,6 +1,7 @@
 """Verdicts on the sources' claims, computed from measured numbers, and the ledger that lists them."""
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -205,7 +206,8 @@ class Verdicts:
         if len(measured) != expected:
             msg = f"Claim {claim} has {expected} criteria, so {expected} numbers are needed. Got {len(measured)}."
             raise ValueError(msg)
-        self.judgements[claim] = Judgement(self._claims[claim], list(measured), seeds, self.chapter.preset, [r.key for r in runs])
+        count = operator.index(seeds)  # a plain int, also of numpy's
+        self.judgements[claim] = Judgement(self._claims[claim], list(measured), count, self.chapter.preset, [r.key for r in runs])
         return self.judgements[claim]
 
     def save(self, results: "Iterable[RunResult]" = ()) -> Path:
