@@ -128,15 +128,16 @@ def rate_curves(ax: Axes, frame: pd.DataFrame, quantity: str, label: str, *, sty
     ax.plot(table.index, table.to_numpy(), color=color, linewidth=0.6, alpha=0.35)
     ax.errorbar(table.index, table.mean(axis=1), table.sem(axis=1).fillna(0.0), color=color, marker=marker, label=label)
     missing = table.index[table.isna().any(axis=1)]
-    height = 0.03 + 0.045 * style
-    ax.plot(missing, np.full(len(missing), height), "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
+    if len(missing):  # a line without points would reach to the corner of the figure
+        height = np.full(len(missing), 0.03 + 0.045 * style)
+        ax.plot(missing, height, "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
     ax.set(xlabel=r"learning rate $\eta$", xscale="log")
-    drawn = {float(r) for line in ax.lines[: -1 if len(missing) == 0 else None] for r in np.asarray(line.get_xdata()) if r > 0}
+    drawn = {float(r) for line in ax.lines for r in np.asarray(line.get_xdata()) if r > 0}
     rate_ticks(ax, sorted(drawn))
     return ax
 
 
-def rate_ticks(ax: Axes, rates: Sequence[float], apart: float = 0.045) -> Axes:
+def rate_ticks(ax: Axes, rates: Sequence[float], apart: float = 0.07) -> Axes:
     """Put plain ticks at learning rates on a logarithmic axis, labels only where they have room."""
     if not len(rates):
         return ax

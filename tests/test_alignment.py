@@ -242,3 +242,14 @@ def test_rates_without_a_value_are_crosses():
     means = ax.containers[0].lines[0].get_ydata()
     assert list(means) == [2, 4]
     plt.close("all")
+
+
+def test_two_panels_of_rate_curves_keep_their_width():
+    rows = [{"lr": lr, "seed": seed, "kta": lr * (seed + 1)} for lr in (0.02, 0.05, 0.1, 0.2) for seed in (0, 1)]
+    fig, axes = plt.subplots(1, 2, layout="constrained")
+    for ax in axes:
+        for style, name in enumerate("abc"):
+            rate_curves(ax, pd.DataFrame(rows), "kta", name, style=style)
+    fig.canvas.draw()  # matplotlib warns, here an error, when what is drawn leaves no room for the axes
+    assert all(ax.get_window_extent().width > 0.35 * fig.bbox.width for ax in axes)
+    plt.close(fig)
