@@ -21,7 +21,7 @@ from ntklib.execute import fill
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quickstrat"], "Unknown chapter 'quickstrat'. Did you mean 'quickstart'? Known: deep_linear_networks, "),
+        (["quickstrat"], "Unknown chapter 'quickstrat'. Did you mean 'quickstart'? Known: cone_effect, deep_linear_networks, "),
         (["quickstart", "--preset", "smok"], "Unknown preset 'smok'. Did you mean 'smoke'?"),
         (["quickstart", "-p", "widht", "64"], "Unknown parameter of quickstart 'widht'. Did you mean 'width'?"),
         (["quickstart", "-p", "width", "big"], "Parameter width must be of type int, for example 128. Got 'big' of type str."),
