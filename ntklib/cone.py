@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 
 def lag_steps(total: int, interval: int, starts: Sequence[int] = (), num_lags: int = 0, also: Sequence[int] = ()) -> list[int]:
@@ -39,7 +39,7 @@ def angles_from_distances(distance: Float[np.ndarray, "*shape"]) -> Float[np.nda
     return 2 * np.arcsin(np.sqrt(np.clip(np.asarray(distance, dtype=float), 0, 2) / 2))
 
 
-def angle_speed(time: Float[np.ndarray, " m"], angle: Float[np.ndarray, "m m"]) -> Float[np.ndarray, " m-1"]:
+def angle_speed(time: Real[np.ndarray, " m"], angle: Float[np.ndarray, "m m"]) -> Float[np.ndarray, " m-1"]:
     """Angle between successive kernels over the time between them, in radians per unit of time.
 
     Where a path is not smooth the speed depends on the spacing: give equally spaced times.
@@ -49,11 +49,11 @@ def angle_speed(time: Float[np.ndarray, " m"], angle: Float[np.ndarray, "m m"]) 
 
 
 def mean_by_lag(
-    time: Float[np.ndarray, " m"],
+    time: Real[np.ndarray, " m"],
     distance: Float[np.ndarray, "m m"],
     lags: Sequence[int] | Sequence[float],
-    first: int | float,
-    last: int | float,
+    first: int | float | np.number,
+    last: int | float | np.number,
 ) -> Float[np.ndarray, " lags"]:
     r"""Mean distance of two kernels by the time between them, :math:`\langle S(K_t, K_{t + \ell}) \rangle_t`.
 
@@ -170,7 +170,11 @@ class Boundary:
 
 
 def phase_boundary(
-    time: Float[np.ndarray, " m"], speed: Float[np.ndarray, "series m"], *, num_resamples: int = 200, seed: int = 0
+    time: Real[np.ndarray, " m"],
+    speed: Float[np.ndarray, "series m"] | Sequence[Float[np.ndarray, " m"]],
+    *,
+    num_resamples: int = 200,
+    seed: int = 0,
 ) -> Boundary:
     """Find the time that splits the logarithm of a speed best into two levels, with its uncertainty over seeds.
 
@@ -199,7 +203,7 @@ def phase_boundary(
     return Boundary(float(t[split]), ratio, explained, float(np.std(draws, ddof=1)) if len(v) > 1 else math.nan)
 
 
-def power_law(time: Float[np.ndarray, " m"], speed: Float[np.ndarray, " m"]) -> tuple[float, float]:
+def power_law(time: Real[np.ndarray, " m"], speed: Float[np.ndarray, " m"]) -> tuple[float, float]:
     """Fit a power law of time to a speed: its exponent, and the share of the variance of the logarithm that it explains.
 
     The share compares with ``phase_boundary``'s: the larger one says whether the speed falls in a step or steadily.
