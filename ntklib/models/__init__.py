@@ -18,7 +18,7 @@ from ntklib.models.vgg import STAGES, VGG
 from ntklib.models.vit import ViT
 from ntklib.models.wide_resnet import WIDE, WideResNet
 from ntklib.random import stream
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 __all__ = [
     "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "NTKMLP", "SCHEMES", "STAGES", "VGG", "WIDE", "ModularTransformer", "NTKLinear",
@@ -31,8 +31,7 @@ NAMES = ("mlp", *STAGES, *LAYERS, *WIDE, "vit")
 
 def check_name(name: str) -> None:
     """Raise ``ValueError`` with the nearest name when no model has this name."""
-    if name not in NAMES:
-        raise ValueError(unknown("model", name, NAMES))
+    check_known("model", name, NAMES)
 
 
 def build(
