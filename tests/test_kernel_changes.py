@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from crashes import crash_at
 
 from ntklib import Run, data, distances_to_earlier, kernel_change, kernel_distance, models, sgd, steps_per_epoch
 from ntklib.phases import complementary_windows, pairwise_distances
