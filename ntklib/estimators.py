@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from ntklib.checks import check_draws
 from ntklib.directions import directional_derivative, random_direction
 from ntklib.functional import Params
 from ntklib.kernels.evaluate import Request, prepared, square_norms_along
 from ntklib.kernels.streaming import Program
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 DRAW_BUDGET = 2**24  # scalars of perturbed parameters held at a time
 
@@ -120,22 +121,10 @@ def _exact(request: Request, normalize: bool) -> TraceEstimate:
 
 
 def _check_options(method: str, num_samples: int, epsilon: float | None, probes: str) -> None:
-    known = ("exact", *_SAMPLERS)
-    if method not in known:
-        raise ValueError(unknown("method", method, known))
-    if method == "perturbation" and not (epsilon is not None and epsilon > 0):
-        msg = f"method='perturbation' requires epsilon > 0 (the main paper uses 0.01). Got epsilon={epsilon}."
-        raise ValueError(msg)
-    if method != "perturbation" and epsilon is not None:
-        msg = f"epsilon belongs to method='perturbation' only. Got epsilon={epsilon} with method={method!r}."
-        raise ValueError(msg)
-    if probes not in PROBES:
-        raise ValueError(unknown("kind of probes", probes, PROBES))
+    check_draws(method, ("exact", *_SAMPLERS), epsilon, num_samples)
+    check_known("kind of probes", probes, PROBES)
     if method != "output" and probes != "rademacher":
         msg = f"probes belongs to method='output' only. Got probes={probes!r} with method={method!r}."
-        raise ValueError(msg)
-    if num_samples < 1:
-        msg = f"num_samples must be at least 1. Got {num_samples}."
         raise ValueError(msg)
 
 

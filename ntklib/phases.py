@@ -257,6 +257,20 @@ def first_time(time: Sequence[float], value: Sequence[float], threshold: float) 
     return float(t[reached[0]]) if len(reached) else math.nan
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation of the pairs of which both are finite; nan for fewer than three or without variation.
+
+    Args:
+        first: Numbers.
+        second: As many others.
+    """
+    pairs = np.array([(a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a) and math.isfinite(b)])
+    if len(pairs) < 3 or (np.ptp(pairs, axis=0) == 0).any():
+        return math.nan
+    ranks = pd.DataFrame(pairs).rank().to_numpy()
+    return float(np.corrcoef(ranks.T)[0, 1])
+
+
 def partial_rank_correlation(a: Sequence[float], b: Sequence[float], given: Sequence[float]) -> float:
     r"""Return the rank correlation of two quantities at given third one.
 

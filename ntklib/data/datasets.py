@@ -18,7 +18,7 @@ from torch import Tensor
 from ntklib.data.folders import FolderError, ImageFiles, image_folders
 from ntklib.data.subsets import balanced_indices
 from ntklib.random import stream
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
@@ -81,8 +81,7 @@ def data_root() -> Path:
 
 def check_name(name: str) -> None:
     """Raise ``ValueError`` with the nearest name when no dataset has this name."""
-    if name not in LOADERS:
-        raise ValueError(unknown("dataset", name, LOADERS))
+    check_known("dataset", name, LOADERS)
 
 
 def load(name: str, *, num_train: int | None = None, num_test: int | None = None, seed: int = 0) -> Dataset:

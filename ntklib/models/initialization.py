@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 SCHEMES = ("standard", "kaiming", "xavier", "orthogonal", "he")
 
@@ -37,8 +37,7 @@ def initialize(model: nn.Module, scheme: str, generator: torch.Generator) -> nn.
     Raises:
         ValueError: If the scheme is unknown.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(unknown("initialization", scheme, SCHEMES))
+    check_known("initialization", scheme, SCHEMES)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             _draw(module, scheme, generator)
