@@ -16,6 +16,7 @@ from scipy.integrate import quad
 from ntklib import chapters, errata, kernel_angle, kernel_distance, ntk_trace
 from ntklib.training import cross_entropy
 
+ROOT = chapters.project_root()
 CELLS = nbformat.read(chapters.notebook_path("errata"), 4).cells
 TARGET = re.compile(r"^\(errata-([\w-]+)\)=$", re.MULTILINE)
 LINK = re.compile(r"\{doc\}`(\w+)`")
@@ -252,3 +253,41 @@ def test_the_page_stores_its_verdicts_with_the_parameters(page):
     saved = json.loads(path.read_text())
     assert saved["parameters"] == chapters.default_parameters("errata")
     assert saved["runs"] == []
+
+
+def bibliography():
+    """Key -> (kind, fields) of the entries of the bibliography."""
+    text = (ROOT / "book" / "references.bib").read_text(encoding="utf-8")
+    found = {}
+    for kind, key, body in re.findall(r"^@(\w+)\{(\w+),\n(.*?)^\}", text, re.MULTILINE | re.DOTALL):
+        found[key] = kind, dict(re.findall(r"^  (\w+) = \{(.*)\},$", body, re.MULTILINE))
+    assert len(found) == text.count("\n@")
+    return found
+
+
+def test_every_work_of_the_bibliography_is_cited_and_every_citation_is_in_it():
+    generated = {"claims.md", "figures.md", "benchmarks.md"}
+    pages = [p for p in (ROOT / "book").glob("*.md") if p.name not in generated]
+    texts = [p.read_text(encoding="utf-8") for p in pages]
+    for name in chapters.names():
+        texts += [c.source for c in nbformat.read(chapters.notebook_path(name), 4).cells if c.cell_type == "markdown"]
+    cited = {key for t in texts for keys in re.findall(r"\{cite(?::\w)?\}`([^`]+)`", t) for key in re.split(r",\s*", keys)}
+    assert cited == bibliography().keys()
+
+
+WHERE = {"article": "journal", "inproceedings": "booktitle", "techreport": "institution"}
+
+
+@pytest.mark.parametrize("key", bibliography())
+def test_a_work_has_the_fields_by_which_it_can_be_found(key):
+    kind, fields = bibliography()[key]
+    undated = key in ("trace", "stability")  # neither the manuscript nor the poster bears a date
+    assert {"author", "title", *([] if undated else ["year"])} <= fields.keys()
+    assert kind not in WHERE or fields.get(WHERE[kind])
+    assert undated or kind in WHERE or fields.keys() & {"eprint", "doi"}
+    assert re.fullmatch(r"\d{4}\.\d{4,5}", fields.get("eprint", "0000.0000"))
+    assert ("eprint" in fields) == (fields.get("archiveprefix") == "arXiv")
+    assert re.fullmatch(r"\d+(--\d+)?|giad113", fields.get("pages", "1"))
+    assert len(fields["title"]) > 10
+    if "eprint" in fields and kind == "misc":  # a preprint bears the year of its number
+        assert fields["year"][2:] == fields["eprint"][:2]
