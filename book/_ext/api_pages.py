@@ -10,6 +10,8 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
+from ntklib import estimator_table
+
 ARRAY = re.compile(r"(?:~?jaxtyping\.)?[A-Z]\w+\[(?:~?torch\.|~?numpy\.)?(Tensor|ndarray), '([^']*)'\]")
 BOUNDED = re.compile(r"(?:~?typing\.)?Annotated\[([\w.~]+), [^]]*\]+")
 
@@ -30,6 +32,19 @@ class Entries(SphinxDirective):
             lines += [f".. auto{kind}:: {name}", ""]
         holder = nodes.section()
         holder.document = self.state.document
+        self.state.nested_parse(StringList(lines, self.get_source_info()[0]), 0, holder)
+        return holder.children
+
+
+class MeasuredEstimators(SphinxDirective):
+    """The stored measurement of one draw of each trace estimator, as a table."""
+
+    def run(self) -> list[nodes.Node]:
+        """Read the table; the page is read again when the measurement is another one."""
+        self.env.note_dependency(str(estimator_table.source()))
+        holder = nodes.section()
+        holder.document = self.state.document
+        lines = estimator_table.table().splitlines()
         self.state.nested_parse(StringList(lines, self.get_source_info()[0]), 0, holder)
         return holder.children
 
@@ -74,6 +89,7 @@ def _shape(found: re.Match[str]) -> str:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the parts; called by Sphinx."""
     app.add_directive("entries", Entries)
+    app.add_directive("measured-estimators", MeasuredEstimators)
     app.add_post_transform(NamesToLinks)
     app.connect("autodoc-process-signature", _short)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
