@@ -6,10 +6,11 @@ JOBS ?= 2
 BENCH ?=
 PY := $(VENV)/bin/python
 
-.PHONY: help book test check lab bench clean venv
+.PHONY: help book pdf test check lab bench clean venv
 
 help:
 	@echo "make book    compute the chapters and build the book  (PRESET=smoke|default|paper, JOBS=2)"
+	@echo "make pdf     print the built book as one PDF  (PRESET, needs Chromium)"
 	@echo "make test    all tests, including notebooks, book and browser"
 	@echo "make check   lint, format, types and the fast tests"
 	@echo "make lab     open JupyterLab on the chapters"
@@ -21,6 +22,9 @@ venv:
 
 book: venv
 	@$(PY) -m ntklib book --preset $(PRESET) --jobs $(JOBS)
+
+pdf: venv
+	@$(PY) -m ntklib pdf --preset $(PRESET)
 
 test: venv
 	@$(PY) -m pytest
