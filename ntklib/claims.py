@@ -265,8 +265,7 @@ def _entry(claim: Claim, record: dict[str, Any] | None) -> dict[str, Any]:
     judgement = Judgement(claim, [Measured(**m) for m in found["measured"]], found["seeds"], record["preset"], found["runs"])
     i = judgement.deciding
     criteria = [
-        _bounds(c) | asdict(m) | {"verdict": v}
-        for c, m, v in zip(claim.criteria, judgement.measured, judgement.parts, strict=True)
+        _bounds(c) | asdict(m) | {"verdict": v} for c, m, v in zip(claim.criteria, judgement.measured, judgement.parts, strict=True)
     ]
     return entry | {
         "quantity": claim.criteria[i].quantity, "value": judgement.measured[i].value, "sem": judgement.measured[i].sem,

@@ -1,7 +1,7 @@
 """Sphinx extension: anchors on the cells that judge claims and draw figures, and links from verdicts to the ledger.
 
-A cell that judges claim A2 gets the label ``judged-a2``, a cell that draws ``fig-x`` the label ``code-fig-x``; both can be the target
-of a ``ref`` role. In the output of a judging cell the words "Claim A2" lead to the entry ``claim-a2`` of the ledger.
+A cell that judges claim A2 gets the label ``judged-a2``, a cell that draws ``fig-x`` the label ``code-fig-x``; both can be the
+target of a ``ref`` role. In the output of a judging cell the words "Claim A2" lead to the entry ``claim-a2`` of the ledger.
 """
 
 import re
@@ -44,9 +44,7 @@ def _link_to_ledger(cell: nodes.container, claims: list[str], page: str) -> None
         match = re.fullmatch(r"Claim (\w+)", words.astext())
         if match and match[1] in claims:
             target = ledger_anchor(match[1])
-            link = pending_xref(
-                "", refdomain="std", reftype="ref", reftarget=target, refexplicit=True, refwarn=True, refdoc=page
-            )
+            link = pending_xref("", refdomain="std", reftype="ref", reftarget=target, refexplicit=True, refwarn=True, refdoc=page)
             words.replace_self(link)
             link += nodes.inline("", "", words, classes=["std", "std-ref"])
 

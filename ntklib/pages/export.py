@@ -18,8 +18,8 @@ FIELDS = {  # field -> meaning, as the ledger page explains it
     "chapter": "notebook that judges it; `preset` is the preset at which it is judged",
     "quantity": "the measured quantity that decided the verdict, with its `value`, `sem` (standard error) and `threshold`",
     "reason": "why `value` or `sem` is null where something was measured; else null",
-    "criteria": "all quantities, each with the bounds `low` and `high` (null: none), `value`, `sem`, `interval` (value plus and minus "
-    f"{claims.Z:g} standard errors), `verdict` and `reason`",
+    "criteria": "all quantities, each with the bounds `low` and `high` (null: none), `value`, `sem`, `interval` (value plus and "
+    f"minus {claims.Z:g} standard errors), `verdict` and `reason`",
     "seeds": "number of independent runs behind the numbers; 1 for a computation without randomness",
     "hardware": "machine of the runs; null where nothing was trained",
     "run": "names of the runs in the store",

@@ -40,8 +40,8 @@ def figures_page(parameters: Mapping[str, Mapping[str, Any]]) -> str:
     """
     lines = [
         "# Figure index\n",
-        "From the figures and theorems of the sources to the figures of this book, with the cell that draws each, the claims that are "
-        "judged there, and the command that computes the chapter again.\n",
+        "From the figures and theorems of the sources to the figures of this book, with the cell that draws each, the claims that "
+        "are judged there, and the command that computes the chapter again.\n",
     ]
     for source, title in claims.SOURCES.items():
         lines += [f"## {title}\n", f"Source: {{cite:t}}`{source}`\n"]
@@ -60,6 +60,7 @@ def index(source: str) -> dict[str, Row]:
             for name, what in figure.reproduces:
                 for label in labels(what) if name == source else []:
                     rows.setdefault(label, Row()).figures[figure.name] = (figure, chapter)
+    drawn = set(rows)  # where no figure is named as a reproduction, those of the claims stand in
     for entry in claims.ledger():
         about = _about(entry, source)
         if about is None or entry["chapter"] not in places:
@@ -70,7 +71,7 @@ def index(source: str) -> dict[str, Row]:
         for label in labels(about):
             row = rows.setdefault(label, Row())
             row.claims.append(entry)
-            if figure and not any(shown == chapter for _, shown in row.figures.values()):
+            if figure and label not in drawn:
                 row.figures[figure.name] = (figure, chapter)
     return rows
 
@@ -105,5 +106,5 @@ def _row(place: str, row: Row, parameters: Mapping[str, Mapping[str, Any]]) -> s
 
 def _figure(figure: Figure, values: Mapping[str, Any]) -> str:
     caption = fill(figure.caption, dict(values))
-    first = re.split(r"\. |\.$| \(", caption)[0]
+    first = re.sub(r" \([^()]*\)", "", re.split(r"\. |\.$", caption)[0])
     return f"{{numref}}`{figure.name}` ({{ref}}`cell <{code_anchor(figure.name)}>`): {in_table(first)}"

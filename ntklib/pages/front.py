@@ -7,8 +7,8 @@ from ntklib.pages.picture import Story
 PICTURE = "_generated/story.svg"  # counted from book/
 SAYS = {  # what each source claims, and where it is put to the test
     "trace": (
-        "The trace of the kernel rises while a network learns and comes to rest when the training accuracy has reached its maximum; it "
-        "also follows inner layers, grokking and semi-supervised training, and explains why averaged parameters are better.",
+        "The trace of the kernel rises while a network learns and comes to rest when the training accuracy has reached its "
+        "maximum. It also tells of inner layers, grokking and semi-supervised training, and why averaged parameters are better.",
         ("trace_estimators", "trace_evolution", "trace_sweeps", "kernel_distance", "layerwise", "kernel_svm",
          "grokking_modular_addition", "grokking_mnist", "fixmatch", "ema"),
     ),
@@ -23,13 +23,13 @@ SAYS = {  # what each source claims, and where it is put to the test
         ("lazy_regime",),
     ),
     "cone": (
-        "After an early phase of large changes the kernel keeps moving to the end of training, but within a narrow cone, and what it "
-        "does there is worth more than linearized training.",
+        "After an early phase of large changes the kernel keeps moving to the end of training, but within a narrow cone, and what "
+        "it does there is worth more than linearized training.",
         ("cone_effect",),
     ),
     "deep_linear": (
-        "Beyond a threshold of the learning rate deep linear networks oscillate in their largest modes, with period two and then in "
-        "a cascade to chaos; shallow networks and simple tasks may never get there.",
+        "Beyond a threshold of the learning rate deep linear networks oscillate in their largest modes, with period two and then "
+        "in a cascade to chaos; shallow networks and simple tasks may never get there.",
         ("deep_linear_networks",),
     ),
 }  # fmt: skip
@@ -49,5 +49,5 @@ def summary(story: Story) -> str:
 def _source(source: str) -> str:
     says, chapters = SAYS[source]
     tested = ", ".join(f"{{doc}}`executed/{c}`" for c in chapters)
-    link = filtered(f"verdicts on {claims.SOURCES[source][0].lower()}{claims.SOURCES[source][1:]}", source=source)
+    link = filtered("Its claims and verdicts", source=source)
     return f"- {{cite:t}}`{source}`: {says} {link}; put to the test in {tested}.\n"

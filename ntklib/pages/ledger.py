@@ -1,5 +1,6 @@
 """The claims ledger as a page: every claim with what was required, measured and found, and where to look."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -21,12 +22,12 @@ def claims_page() -> str:
     own = sum(e["source"] == claims.OWN for e in entries)
     lines = [
         "# Claims ledger\n",
-        f"{len(entries) - own} claims of the five sources, and {count(own, 'finding')} of this book, each with the test that it was "
-        f"put to: {_counts(entries)}.\n",
+        f"{len(entries) - own} claims of the five sources, and {count(own, 'finding')} of this book, each with the test that it "
+        f"was put to: {_counts(entries)}.\n",
         "A verdict is computed from the measured number and its standard error: *holds* when the number lies in the required range "
         "with two standard errors to spare, *fails* when it lies outside by as much, *inconclusive* in between or with too few "
         "seeds. In the small drawings the shaded band is the required range, the dot the value and the bar two standard errors to "
-        "either side. Claims whose chapter was not run at the preset that the claim asks for are not judged.\n",
+        "either side (the interval). Claims whose chapter was not run at the preset that the claim asks for are not judged.\n",
         count_table(entries), _form(entries, places),
     ]  # fmt: skip
     for source, title in TITLES.items():
@@ -73,10 +74,9 @@ def _form(entries: Sequence[Entry], places: Mapping[str, Places]) -> str:
     """The filter; hidden until its script runs, so that nothing on the page is without use where scripts are off."""
     chapters = dict.fromkeys(e["chapter"] for e in entries)
     titles = {c: places[c].title if c in places else c for c in chapters}
-    verdicts = {v: v for v, n in counts(entries).items() if n}
     return "\n".join([
         '<form id="ledger-filter" role="search" aria-label="Filter the claims" autocomplete="off" hidden>',
-        _select("source", TITLES), _select("verdict", verdicts), _select("chapter", titles),
+        _select("source", TITLES), _select("verdict", {v: v for v in VERDICTS}), _select("chapter", titles),
         '<label>words <input type="search" name="words" autocomplete="off"></label>',
         '<button type="reset">show all</button>',
         '<p id="ledger-count" role="status" aria-live="polite"></p>',
@@ -121,7 +121,16 @@ def _criterion(claim: claims.Claim, index: int, found: Entry) -> str:
         return f'{quantity} <span class="measured">{required}</span>'
     measured = claims.Measured(found["value"], found["sem"])
     picture = drawing(claim.criteria[index], measured, found["verdict"])
+    required = f'<span class="required">{_interval(measured)}required: {found["threshold"]}</span>'
     return f'{quantity} <span class="measured">{picture}<b>{claims.number(measured)}</b> {required}</span>'
+
+
+def _interval(measured: claims.Measured) -> str:
+    """Two standard errors to either side, to the digits of the error; empty without one."""
+    if not (math.isfinite(measured.value) and 0 < measured.sem < math.inf):
+        return ""
+    ends = (claims.Measured(measured.value + side * claims.Z * measured.sem, measured.sem) for side in (-1, 1))
+    return f"interval {' to '.join(claims.number(end).split(' ± ')[0] for end in ends)}; "
 
 
 def _links(e: Entry, claim: claims.Claim, place: Places | None) -> str:
@@ -147,9 +156,9 @@ def _machine_readable(entries: Sequence[Entry]) -> str:
     total = count(entries, "object")
     return "\n".join([
         "## The ledger as data\n",
-        f'<a class="reference internal" href="{export.NAME}" download>{export.NAME}</a> holds the same entries as a list of {total}, '
-        "and `python -m ntklib claims --json` prints that list. Statements and notes are in the book's own words. To cite a verdict, "
-        "name the claim with the commit of its entry, for example *A2, How neural tangent kernels move, commit and date as in "
-        f"{export.NAME}*; cite the source for the claim itself. Numbers may be reused under the licence of the book.\n",
+        f'<a class="reference internal" href="{export.NAME}" download>{export.NAME}</a> holds the same entries as a list of '
+        f"{total}, and `python -m ntklib claims --json` prints that list. Statements and notes are in the book's own words. To "
+        "cite a verdict, name the claim with the commit of its entry, for example *A2, How neural tangent kernels move, commit and "
+        f"date as in {export.NAME}*; cite the source for the claim itself. Numbers may be reused under the licence of the book.\n",
         "| field | meaning |", "|---|---|", *rows, "",
     ])  # fmt: skip

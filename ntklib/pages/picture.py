@@ -15,7 +15,7 @@ from ntklib.paths import runs_root
 
 COLORS = {claims.HOLDS: "#00609a", claims.FAILS: "#a33a00", claims.INCONCLUSIVE: "#ffd75e", claims.NOT_JUDGED: "#d9d9d9"}
 ABSENT = "no stored runs"
-SIZE = (6.4, 7.4)  # inches; narrower than other figures, so that its words stay legible on a phone
+SIZE = (7.0, 7.8)  # inches; narrower than other figures, so that its words stay legible on a phone
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ def story(preset: str) -> Story:
     fixed = {"svg.hashsalt": "story", "svg.fonttype": "path"}  # the same numbers give the same file
     with mpl.rc_context({**fixed, "axes.labelsize": 10, "axes.titlesize": 10}):
         fig = plots.plt.figure(figsize=SIZE)
-        grid = fig.add_gridspec(3, 2, height_ratios=[0.9, 1, 1])
-        words = [_verdicts(fig.add_subplot(grid[0, :]), claims.ledger())]
-        for i, draw in enumerate((_trace, _alignment, _cone, _bifurcation)):
-            words.append(_panel(fig.add_subplot(grid[1 + i // 2, i % 2]), draw, preset))
-        for letter, ax, title in zip("abcde", fig.axes, TITLES, strict=True):
+        above, below = fig.subfigures(2, 1, height_ratios=[0.3, 0.7])
+        axes = [above.subplots(), *below.subplots(2, 2).flat]
+        words = [_verdicts(axes[0], claims.ledger())]
+        words += [_panel(ax, draw, preset) for ax, draw in zip(axes[1:], CURVES, strict=True)]
+        for letter, ax, title in zip("abcde", axes, TITLES, strict=True):
             ax.set_title(f"{letter}   {title}", loc="left")
         buffer = io.BytesIO()
         fig.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
@@ -57,7 +57,13 @@ def story(preset: str) -> Story:
     return Story(buffer.getvalue(), " ".join(lettered) + toys, " ".join(w.alt for w in words))
 
 
-TITLES = ("verdicts by source", "trace of the kernel", "alignment with the targets", "direction of the kernel", "deep linear networks")
+TITLES = (
+    "verdicts by source",
+    "trace of the kernel",
+    "alignment with the targets",
+    "direction of the kernel",
+    "deep linear networks",
+)
 
 
 def _panel(ax: Axes, draw: Callable[[Axes, str], Panel], preset: str) -> Panel:
@@ -89,7 +95,7 @@ def _runs(chapter: str, claim: str, preset: str) -> list[Any]:
 def _verdicts(ax: Axes, entries: Sequence[dict[str, Any]]) -> Panel:
     """Stacked bars of the counts, sources from above."""
     titles = {**claims.SOURCES, claims.OWN: "Findings of this book"}
-    counts = pd.DataFrame({s: {v: 0 for v in COLORS} for s in titles})
+    counts: Any = pd.DataFrame({s: {v: 0 for v in COLORS} for s in titles})
     for e in entries:
         counts.loc[e["verdict"] if e["verdict"] in COLORS else claims.NOT_JUDGED, e["source"]] += 1
     left = np.zeros(len(titles))
@@ -121,7 +127,7 @@ def _trace(ax: Axes, preset: str) -> Panel:
     for i, (label, (schedule, decays)) in enumerate(corners.items()):
         mine = [r for r in _runs("trace_evolution", "N2", preset)
                 if r.settings["schedule"] == schedule and (r.settings["weight_decay"] > 0) == decays]  # fmt: skip
-        history = combine(mine, "seed").query("quantity == 'trace' and split == 'train'")
+        history: Any = combine(mine, "seed").query("quantity == 'trace' and split == 'train'")
         plots.seed_curves(ax, history, {"trace": label}, first_style=i)
         for line in ax.lines:
             line.set_markevery(4)
@@ -147,10 +153,8 @@ def _alignment(ax: Axes, preset: str) -> Panel:
 
     level = _record("eos_alignment", preset)["parameters"]["level"]
     found = _runs("eos_alignment", "B1", preset)
-    rows = pd.DataFrame([
-        {"lr": r.settings["lr"], "seed": r.settings["seed"], "method": r.settings["method"], "kta": matched(r.history, level, "kta")}
-        for r in found
-    ])  # fmt: skip
+    settings = [{k: r.settings[k] for k in ("lr", "seed", "method")} for r in found]
+    rows: Any = pd.DataFrame([s | {"kta": matched(r.history, level, "kta")} for s, r in zip(settings, found, strict=True)])
     descent, flow = rows[rows["method"] == "descent"], rows[rows["method"] == "flow"]["kta"]
     descent = descent.dropna(subset=["kta"])
     if descent.empty or flow.dropna().empty:
@@ -164,8 +168,8 @@ def _alignment(ax: Axes, preset: str) -> Panel:
     return Panel(
         "Kernel target alignment (KTA) at the same loss grows with the learning rate beyond the edge of stability; "
         f"{_seeds(descent['seed'].nunique())} ({{numref}}`fig-eos-rates`).",
-        f"Alignment against the learning rate: {flow.mean():.2f} for gradient flow, {means.iloc[0]:.2f} at rate {means.index[0]:g}, "
-        f"{means.iloc[-1]:.2f} at rate {means.index[-1]:g}.",
+        f"Alignment against the learning rate: {flow.mean():.2f} for gradient flow, {means.iloc[0]:.2f} at rate "
+        f"{means.index[0]:g}, {means.iloc[-1]:.2f} at rate {means.index[-1]:g}.",
     )
 
 
@@ -181,8 +185,8 @@ def _cone(ax: Axes, preset: str) -> Panel:
         angle = angles_from_distances(pairwise_distances(r.history, "full", steps))
         for quantity, values in (("first", angle[0]), ("last", angle[-1])):
             rows += [{"run": r.key, "step": t, "quantity": quantity, "value": v} for t, v in zip(steps, values, strict=True)]
-    table = pd.DataFrame(rows)
-    plots.seed_curves(ax, table, {"first": "to the initial kernel", "last": "to the last kernel"}, x="step")
+    table: Any = pd.DataFrame(rows)
+    plots.seed_curves(ax, table, {"first": "to the initial one", "last": "to the last one"}, x="step")
     for line in ax.lines:
         line.set_markevery(5)
     ax.set(ylabel="angle (radians)", ylim=(0, None))
@@ -192,8 +196,8 @@ def _cone(ax: Axes, preset: str) -> Panel:
     return Panel(
         f"After an early phase the kernel hardly turns away further from the initial one, yet keeps moving; {_seeds(len(found))} "
         "({numref}`fig-cone-angles`).",
-        f"Angles between kernels against the step: to the initial kernel {mean['first'][middle]:.2f} radians in the middle of training "
-        f"and {mean['first'].iloc[-1]:.2f} at its end; to the last kernel {mean['last'].iloc[0]:.2f} at the start and "
+        f"Angles between kernels against the step: to the initial kernel {mean['first'][middle]:.2f} radians in the middle of "
+        f"training and {mean['first'].iloc[-1]:.2f} at its end; to the last kernel {mean['last'].iloc[0]:.2f} at the start and "
         f"{mean['last'][middle]:.2f} in the middle.",
     )
 
@@ -218,15 +222,18 @@ def _bifurcation(ax: Axes, preset: str) -> Panel:
     first, second = (d.lr for d in doubling.doublings(wanted[0], s["depth"], 2))
     ax.set(xlabel=r"learning rate $\eta S_1 / 2$", ylabel="singular values", xlim=(unit[0], unit[-1]))
     return Panel(
-        "Singular values of a deep linear network on its last steps: past the edge (dotted) they alternate, double their period and "
-        "become chaotic; deterministic, no seeds ({numref}`fig-dln-bifurcation`).",
-        f"Bifurcation diagram of {len(wanted)} singular values: one value each below the edge of stability, two of the largest from "
-        f"there on, four from {second / first:.3f} times the edge, then chaos.",
+        "Singular values of a deep linear network on its last steps: past the edge (dotted) they alternate, double their period "
+        "and become chaotic; deterministic, no seeds ({numref}`fig-dln-bifurcation`).",
+        f"Bifurcation diagram of {len(wanted)} singular values: one value each below the edge of stability, two of the largest "
+        f"from there on, four from {second / first:.3f} times the edge, then chaos.",
     )
 
 
 def _seeds(number: int) -> str:
     return f"mean and standard error over {number} seeds"
+
+
+CURVES = (_trace, _alignment, _cone, _bifurcation)
 
 
 def write(preset: str, folder: Path) -> Story:
