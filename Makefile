@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 
 help:
 	@echo "make book    compute the chapters and build the book  (PRESET=smoke|default|paper, JOBS=2)"
-	@echo "make test    all tests, including notebooks, book and browser"
+	@echo "make test    all tests, including notebooks, book and browser  (JOBS=2)"
 	@echo "make check   lint, format, types and the fast tests"
 	@echo "make lab     open JupyterLab on the chapters"
 	@echo "make bench   measure speed against the peers  (BENCH=\"--quick\", \"--only W1\", \"--save\")"
@@ -23,7 +23,7 @@ book: venv
 	@$(PY) -m ntklib book --preset $(PRESET) --jobs $(JOBS)
 
 test: venv
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 check: venv
 	$(PY) -m ruff check .
