@@ -4,7 +4,8 @@ import pytest
 from links import problems
 
 WHOLE = """<html><body><h1 id="top">a</h1><a href="#top">b</a><a name="old">c</a><a href="sub/other.html#end">d</a>
-<a href="#old">e</a><a href="https://example.org/a_(b)?c=d#e">f</a><img src="sub/picture%20one.png" alt="g"><a href="sub/data.csv" download>h</a>
+<a href="#old">e</a><a href="https://example.org/a_(b)?c=d#e">f</a><img src="sub/picture%20one.png" alt="g">
+<a href="sub/data.csv" download>h</a>
 <a href="sub/">i</a><img src="data:image/png;base64,AA=="></body></html>"""
 
 
