@@ -1,5 +1,6 @@
 """Figures: functions from axes and tidy frames to axes, in one style."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ COLUMN = 7.2  # inches: width of a figure in the book
 
 def use_style() -> None:
     """Set the book's figure style for the session: colour-blind-safe colours, white face (legible on dark pages), no title."""
+    warnings.filterwarnings("ignore", message="No artists with labels found")  # a legend without curves: all runs diverged
     sns.set_theme(context="notebook", style="ticks", palette=PALETTE)
     mpl.rcParams.update({
         "figure.dpi": 110, "savefig.dpi": 160, "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,

@@ -135,3 +135,10 @@ def test_panels_with_one_abscissa_name_it_below_only():
             ax.set(xlabel="step")
         assert [ax.xaxis.label.get_visible() for ax in np.reshape(axes, -1)] == [bool(s) for s in shown]
         plots.plt.close(fig)
+
+
+def test_a_legend_without_curves_is_no_warning():
+    plots.use_style()
+    fig, ax = plots.figure()
+    ax.legend()
+    plots.plt.close(fig)

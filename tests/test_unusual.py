@@ -28,21 +28,29 @@ def execute(chapter, values):
     """Execute a chapter's cells in this process, with the smoke preset and these values on top; its names at the end."""
     names = {"__name__": "__main__", "display": shown}
     parameters = runner.make_task(chapter, "smoke", values).parameters
-    for cell in nbformat.read(chapters.notebook_path(chapter), 4).cells:
+    for i, cell in enumerate(nbformat.read(chapters.notebook_path(chapter), 4).cells):
         if cell.cell_type != "code":
             continue
+        place = f"cell {i} of {chapter}"
         body = ast.parse(cell.source).body
         last = body.pop() if isinstance(body[-1], ast.Expr) else None
-        exec(compile(ast.Module(body, []), chapter, "exec"), names)
+        exec(compile(ast.Module(body, []), place, "exec"), names)
         if last:
-            shown(eval(compile(ast.Expression(last.value), chapter, "eval"), names))
+            shown(eval(compile(ast.Expression(last.value), place, "eval"), names))
         for number in plt.get_fignums():
             plt.figure(number).canvas.draw()  # a figure may fail only when it is drawn
-        assert bool(plt.get_fignums()) == ("plt.show()" in cell.source)
+        assert bool(plt.get_fignums()) == ("plt.show()" in cell.source), place
         plt.close("all")
         if "parameters" in cell.metadata.get("tags", []):
             names.update(parameters)
     return names
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays():
+    mpl.use("Agg")
+    yield
+    plt.close("all")
 
 
 def test_every_chapter_has_unusual_parameters():
@@ -51,7 +59,6 @@ def test_every_chapter_has_unusual_parameters():
 
 @pytest.mark.parametrize(("chapter", "name"), SETS)
 def test_a_chapter_runs_to_its_end_or_says_why_not(chapter, name, tmp_path, monkeypatch):
-    mpl.use("Agg")
     monkeypatch.setenv("NTKLIB_RUNS", str(tmp_path))
     monkeypatch.setenv("NTKLIB_JOBS", "1")
     monkeypatch.chdir(chapters.notebooks_folder())
