@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 help:
 	@echo "make book    compute the chapters and build the book  (PRESET=smoke|default|paper, JOBS=2)"
 	@echo "make pdf     print the built book as one PDF  (PRESET, needs Chromium)"
-	@echo "make test    all tests, including notebooks, book and browser"
+	@echo "make test    all tests, including notebooks, book and browser  (JOBS=2)"
 	@echo "make check   lint, format, types and the fast tests"
 	@echo "make lab     open JupyterLab on the chapters"
 	@echo "make bench   measure speed against the peers  (BENCH=\"--quick\", \"--only W1\", \"--save\")"
@@ -27,7 +27,7 @@ pdf: venv
 	@$(PY) -m ntklib pdf --preset $(PRESET)
 
 test: venv
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 check: venv
 	$(PY) -m ruff check .

@@ -1,12 +1,14 @@
-"""A reader opens a chapter in JupyterLab, changes a parameter and runs all cells."""
+"""A reader opens a chapter in JupyterLab, changes a parameter and runs all cells; figures follow, and runs are found again."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import nbformat
@@ -128,35 +130,69 @@ def run_all_cells(driver):
     find(driver, entry)[0].click()
 
 
-def all_cells_ran(driver):
-    """Whether every code cell has its number; an error in any of them ends the wait."""
+def numbers(driver):
+    """Execution numbers of the code cells, None where a cell has not run or is at work; an error in any of them ends the test."""
     errors = find(driver, "[data-mime-type='application/vnd.jupyter.error']")
     assert not errors, errors[0].text
     prompts = driver.execute_script("return [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent)")
-    return prompts and all(re.fullmatch(r"\[\d+\]:", p) for p in prompts)
+    found = [re.fullmatch(r"\[(\d+)\]:", p) for p in prompts]
+    return [int(f[1]) if f else None for f in found]
 
 
-def test_a_reader_changes_a_parameter_in_jupyterlab_and_runs_all_cells(tmp_path):
+def figures(driver):
+    """The pictures on the page, by their content, once all of them are drawn."""
+    images = driver.execute_script(
+        "return [...document.querySelectorAll('.jp-RenderedImage img')].map(i => [i.src, i.naturalWidth])"
+    )
+    assert min(width for _, width in images) > 300
+    return [hashlib.sha256(source.encode()).hexdigest() for source, _ in images]
+
+
+def figures_of_a_run(driver):
+    """Run all cells and wait for the last of them; the figures and the seconds it took."""
+    before, start = max((n for n in numbers(driver) if n), default=0), time.monotonic()
+    run_all_cells(driver)
+    wait_for(driver, lambda: all(n and n > before for n in numbers(driver)), "not all cells ran", RUN_ALL)
+    return figures(driver), time.monotonic() - start
+
+
+def files_of(folder):
+    """What would change if a run were computed again: names, sizes and times of the stored files."""
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_a_reader_changes_a_parameter_in_jupyterlab_and_what_is_known_is_not_computed_again(tmp_path):
     (tmp_path / "work").mkdir()
     smoke_copy(tmp_path / "work")
+    smoke, store = chapters.preset_parameters(CHAPTER, "smoke"), tmp_path / "runs" / "store" / CHAPTER
     with chromium(tmp_path / "profile") as driver, lab(tmp_path) as (address, server):
         wait_for(driver, lambda: asked(f"{address}/api/status", server), "JupyterLab does not answer")
         resize(driver, WIDE)
         driver.get(f"{address}/lab/tree/{CHAPTER}.ipynb")
         wait_for(driver, lambda: kernel_is_ready(address, server), "no kernel started", 2 * WAIT)
 
+        first, fresh = figures_of_a_run(driver)
+        assert len(first) == 2
+        kept = files_of(store)
         set_width(driver, WIDTH)
-        run_all_cells(driver)
-        wait_for(driver, lambda: all_cells_ran(driver), "not all cells ran", RUN_ALL)
+        second, _ = figures_of_a_run(driver)
+        assert not set(first) & set(second), "a figure does not follow the parameter"
+        both = files_of(store)
+        assert both.items() > kept.items()
 
-        images = driver.execute_script("return [...document.querySelectorAll('.jp-RenderedImage img')].map(i => i.naturalWidth)")
-        assert len(images) >= 2
-        assert min(images) > 300
+        again, cached = figures_of_a_run(driver)
+        assert again == second
+        set_width(driver, smoke["width"])
+        back, _ = figures_of_a_run(driver)
+        assert back == first
+        assert files_of(store) == both, "a known run was computed again"
+        print(f"all cells: {fresh:.1f} s with imports and runs, {cached:.1f} s with runs from the store")
+
         assert not find(driver, ".jp-Dialog")
         screenshot(driver, "lab", WIDE)
         assert not outside_requests(driver)
 
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in (tmp_path / "runs" / "store" / CHAPTER).glob("*/run.json")]
-    assert len(found) == chapters.preset_parameters(CHAPTER, "smoke")["num_seeds"]
-    assert {r["settings"]["width"] for r in found} == {WIDTH}
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in store.glob("*/run.json")]
+    assert len(found) == 2 * smoke["num_seeds"]
+    assert {r["settings"]["width"] for r in found} == {WIDTH, smoke["width"]}
     assert {r["status"] for r in found} == {"complete"}
