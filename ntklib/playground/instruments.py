@@ -26,7 +26,7 @@ from ntklib.spectra import effective_rank, participation_ratio, stable_rank
 from ntklib.training import accuracy, gradient_descent, log_steps, sgd
 
 MOMENTUM = 0.9  # of the training run whose trace is followed
-MEASURED = 9  # steps at which the trace is measured, beside the first
+MEASURED = 7  # steps at which the trace is measured, beside the first
 LARGE = 1e9  # parameters beyond this have diverged
 
 

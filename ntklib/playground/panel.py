@@ -10,10 +10,8 @@ from typing import Any
 
 from ntklib import progress
 from ntklib.playground import instruments, pictures
-from ntklib.playground.pictures import Picture
+from ntklib.playground.pictures import LIVE_DPI, Picture
 from ntklib.text import unknown
-
-BATCH_DPI, LIVE_DPI = 160, 110
 
 # ipywidgets gives the handle of a slider no name: it takes the text of the label and points at the value beside it
 NAMES = """
@@ -167,7 +165,7 @@ class Panel:
     def html(self) -> str:
         """The picture as an element with its words as alternative text, and the words below it."""
         width, height = (self.picture.figure.get_size_inches() * LIVE_DPI).astype(int)
-        data = base64.b64encode(self.picture.png(LIVE_DPI)).decode()
+        data = base64.b64encode(self.picture.png()).decode()
         words = html.escape(self.words)
         return (
             f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" style="max-width: 100%; height: auto" '
@@ -244,4 +242,4 @@ def show(name: str, **start: Any) -> None:
         display(panel.widget)
         display(Javascript(NAMES))
     else:
-        display(Image(panel.picture.png(BATCH_DPI), format="png"))
+        display(Image(panel.picture.print(), format="png"))
