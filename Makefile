@@ -36,7 +36,8 @@ check: venv
 	$(PY) -m pytest -q -m "not slow"
 
 lab: venv
-	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/quickstart.ipynb
+	@$(PY) -m ntklib.start_page
+	$(PY) -m jupyterlab --notebook-dir=. "--LabApp.default_url=/lab/tree/notebooks/start.md?factory=Markdown%20Preview"
 
 bench: venv
 	@$(PYTHON) tools/setup_venv.py $(VENV) book dev bench
