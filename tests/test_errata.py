@@ -238,7 +238,7 @@ def test_an_averaged_descent_is_that_of_a_loop_and_its_steps_keep_the_safe_bound
     """Softmax regression by hand: Tr K = c sum ||x||^2, gradient x^T (p - y) / n."""
     x, y, lr, tau = errata.normal(0, "x", 6, 3), torch.arange(6) % 3, 4.0, 0.8
     net = errata.small_network(3, [], 3, 0)
-    w = net.layers[1].weight.detach().clone()
+    w = next(net.parameters()).detach().clone()
     mean, target, safe = w.clone(), torch.eye(3, dtype=torch.float64)[y], 0.0
     scale = math.sqrt(3 * float(x.square().sum()) / 6)
     for step in errata.averaged_descent(net, x, y, lr=lr, tau=tau, steps=15):
