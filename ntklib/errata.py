@@ -107,14 +107,16 @@ class Comparisons:
         return row
 
     def _repr_markdown_(self) -> str:
-        titles = ["section", "quantity", "measured", "printed form", "its error", "corrected form", "its error", "decides"]
-        lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+        lines = ["| quantity | measured | printed form (error) | corrected form (error) | decides |", "|---|---|---|---|---|"]
         for r in self.rows:
-            stated = ((r.printed, r.printed_bound), (r.corrected, r.corrected_bound))
-            printed, corrected = (f"{'≤ ' if bound else ''}{value:.6g}" for value, bound in stated)
+            stated = (
+                (r.printed, r.printed_bound, r.printed_error),
+                (r.corrected, r.corrected_bound, r.corrected_error),
+            )
+            printed, corrected = (f"{'≤ ' if bound else ''}{value:.6g} ({error:.1e})" for value, bound, error in stated)
             lines.append(
-                f"| [{r.section}](#errata-{r.section}) | {r.quantity} | {r.measured:.6g} | {printed} | {r.printed_error:.1e} "
-                f"| {corrected} | {r.corrected_error:.1e} | {'yes' if r.decides else 'no'} |"
+                f"| [{r.quantity}](#errata-{r.section}) | {r.measured:.6g} | {printed} | {corrected} | "
+                f"{'yes' if r.decides else 'no'} |"
             )
         return "\n".join(lines)
 
