@@ -22,7 +22,8 @@ COLUMN = 7.2  # inches: width of a figure in the book
 
 def use_style() -> None:
     """Set the book's figure style for the session: colour-blind-safe colours, white face (legible on dark pages), no title."""
-    warnings.filterwarnings("ignore", message="No artists with labels found")  # a legend without curves: all runs diverged
+    for empty in ("No artists with labels found", "Data has no positive values"):  # axes without curves, where all runs diverged
+        warnings.filterwarnings("ignore", message=empty)
     sns.set_theme(context="notebook", style="ticks", palette=PALETTE)
     mpl.rcParams.update({
         "figure.dpi": 110, "savefig.dpi": 160, "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,

@@ -294,8 +294,15 @@ def _content(folder: Path, manifest: dict[str, Any], kind: str) -> bytes:
 
 
 def combine(results: Iterable[RunResult], *columns: str) -> pd.DataFrame:
-    """Stack histories of several runs, with the named settings and the status as further columns."""
+    """Stack histories of several runs, with the named settings and the status as further columns.
+
+    Raises:
+        ValueError: If there is no run: often all that were asked for have diverged and were left out.
+    """
     frames = [r.history.assign(**{c: r.settings[c] for c in columns}, status=r.status) for r in results]
+    if not frames:
+        msg = "At least one run is needed, for its history. Got none. Where every run diverged, choose a smaller learning rate."
+        raise ValueError(msg)
     return pd.concat(frames, ignore_index=True)
 
 

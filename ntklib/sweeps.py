@@ -102,15 +102,15 @@ def distinct(*sweeps: Mapping[Any, Sequence[AnySettings]]) -> list[AnySettings]:
 def gather(one: Mapping[Any, Sequence[AnySettings]], results: "Mapping[AnySettings, RunResult]", *columns: str) -> "pd.DataFrame":
     """Stack the histories of one sweep, with its value as column ``variant``, the named settings, seed and status.
 
-    A run that several sweeps, or values of one, share has rows under each. A sweep over no value has no row.
+    A run that several sweeps, or values of one, share has rows under each. A value without seeds has no row.
     """
     import pandas as pd
 
     from ntklib.runs import COLUMNS, combine
 
-    if not one:
+    frames = [combine([results[s] for s in each], "seed", *columns).assign(variant=value) for value, each in one.items() if each]
+    if not frames:
         return pd.DataFrame(columns=[*COLUMNS, "seed", *columns, "status", "variant"]).astype(COLUMNS)
-    frames = [combine([results[s] for s in settings], "seed", *columns).assign(variant=value) for value, settings in one.items()]
     return pd.concat(frames, ignore_index=True)
 
 

@@ -137,8 +137,11 @@ def test_panels_with_one_abscissa_name_it_below_only():
         plots.plt.close(fig)
 
 
-def test_a_legend_without_curves_is_no_warning():
+def test_axes_without_curves_give_no_warning():
     plots.use_style()
     fig, ax = plots.figure()
     ax.legend()
+    ax.plot([0.0, 1.0], [0.0, 0.0])
+    ax.set(yscale="log")
+    fig.canvas.draw()
     plots.plt.close(fig)

@@ -115,4 +115,6 @@ def test_gathering_a_sweep_over_nothing_gives_a_frame_without_rows_that_can_be_w
     full = gather(RATES, {s: result(s) for s in distinct(RATES)}, "lr")
     empty = gather({}, {}, "lr")
     assert list(empty.columns) == list(full.columns)
+    some = {s: result(s) for s in RATES[0.1]}
+    assert set(gather({0.1: RATES[0.1], 1.0: []}, some)["variant"]) == {0.1}
     assert with_quantity(empty, "time").query("split == 'test' and quantity == 'accuracy'").groupby("run")["value"].max().empty

@@ -3,6 +3,7 @@
 import ast
 import re
 
+import jaxtyping
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import nbformat
@@ -61,6 +62,7 @@ def test_every_chapter_has_unusual_parameters():
 def test_a_chapter_runs_to_its_end_or_says_why_not(chapter, name, tmp_path, monkeypatch):
     monkeypatch.setenv("NTKLIB_RUNS", str(tmp_path))
     monkeypatch.setenv("NTKLIB_JOBS", "1")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in a reader's kernel, which checks no annotations
     monkeypatch.chdir(chapters.notebooks_folder())
     values = dict(TABLE[chapter][name])
     sentence = values.pop("stops", None)
