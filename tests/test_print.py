@@ -14,7 +14,8 @@ from ntklib.paths import project_root
 
 PAGES = {
     "first": "# The first page\n\nSee {numref}`a-table` and {eq}`eq-own`, and the [second](second.md).\n\n```python\nx = 1\n```\n",
-    "second": "# The second page\n\n$$\nx^2\n$$ (eq-own)\n\n:::{table} Numbers.\n:name: a-table\n\n| a | b |\n|---|---|\n| 1 | 2 |\n:::\n",
+    "second": "# The second page\n\n$$\nx^2\n$$ (eq-own)\n\n"
+    ":::{table} Numbers.\n:name: a-table\n\n| a | b |\n|---|---|\n| 1 | 2 |\n:::\n",
 }
 
 
