@@ -80,6 +80,8 @@ def signature():
         ("jaxtyping.Shaped[Tensor, 'n *input'] | None", "Tensor[n, ...] | None"),
         ("jaxtyping.Float[ndarray, ' k']", "ndarray[k]"),
         ("lr: ~typing.Annotated[float, Gt(gt=0)] = 0.1, n: int", "lr: float = 0.1, n: int"),
+        ("t: Annotated[tuple[Annotated[float, Gt(gt=0)], ...], ~a.MinLen(min_length=1)]", "t: tuple[float, ...]"),
+        ("i: list[Annotated[int, FieldInfo(annotation=NoneType, metadata=[Ge(ge=0)])]]", "i: list[int]"),
         (None, None),
     ],
 )
