@@ -27,10 +27,7 @@ def table() -> str:
     probes = stored and stored.get("probes")
     if not probes:
         return "Nothing is stored yet: `python -m benchmarks --save` measures it.\n"
-    rows = [
-        " | ".join([f"`{name}`", *(f"{values[key]:.2g}" for key in KEYS)])
-        for name, values in probes["estimators"].items()
-    ]
+    rows = [" | ".join([f"`{name}`", *(f"{values[key]:.2g}" for key in KEYS)]) for name, values in probes["estimators"].items()]
     lines = [" | ".join(HEADER), "|".join(["---"] * len(HEADER)), *rows]
     said = (
         f"{probes['title']}, $n$ = {probes['n']}, $c$ = {probes['outputs']}, {probes['draws']} draws, "

@@ -14,7 +14,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--no-pdf-header-footer", "--generate-pdf-document-outline",
-    "--virtual-time-budget=600000",  # milliseconds of the page's own clock, which stands still while it works: enough for all formulas
+    "--virtual-time-budget=600000",  # milliseconds of the page's own clock, which stands still while it works
 )  # fmt: skip
 PRINTING_SECONDS = 900
 
@@ -40,7 +40,8 @@ def find_browser() -> str:
     for name in BROWSERS:
         if program := shutil.which(name):
             return program
-    msg = f"Printing needs Chromium or Chrome ({', '.join(BROWSERS)}). Got none on the path. Install one (Debian: apt install chromium)."
+    names = ", ".join(BROWSERS)
+    msg = f"Printing needs Chromium or Chrome ({names}). Got none on the path. Install one (Debian: apt install chromium)."
     raise BuildError(msg)
 
 

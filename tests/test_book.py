@@ -18,7 +18,8 @@ from ntklib import book, chapters, claims
 pytestmark = pytest.mark.slow
 
 CONTENTS = yaml.safe_load((chapters.project_root() / "book" / "_toc.yml").read_text(encoding="utf-8"))
-PAGES = [CONTENTS["root"], *(entry["file"] for part in CONTENTS["parts"] for entry in part["chapters"])]
+ENTRIES = [entry for part in CONTENTS["parts"] for chapter in part["chapters"] for entry in (chapter, *chapter.get("sections", []))]
+PAGES = [CONTENTS["root"], *(entry["file"] for entry in ENTRIES)]
 CHAPTERS = book.contents()
 PRESET = "smoke"  # of the runs behind the fixture's book
 RESOURCES = dict.fromkeys(["audio", "iframe", "img", "script", "source", "video"], "src") | {"object": "data", "link": "href"}

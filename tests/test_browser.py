@@ -11,7 +11,8 @@ from ntklib.paths import project_root
 pytestmark = pytest.mark.slow
 
 CONTENTS = yaml.safe_load((project_root() / "book" / "_toc.yml").read_text(encoding="utf-8"))
-PAGES = [CONTENTS["root"], *(entry["file"] for part in CONTENTS["parts"] for entry in part["chapters"])]
+ENTRIES = [entry for part in CONTENTS["parts"] for chapter in part["chapters"] for entry in (chapter, *chapter.get("sections", []))]
+PAGES = [CONTENTS["root"], *(entry["file"] for entry in ENTRIES)]
 SIZES = {"wide": WIDE, "phone": PHONE}
 
 

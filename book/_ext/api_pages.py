@@ -13,7 +13,7 @@ from sphinx.util.nodes import make_refnode
 from ntklib import estimator_table
 
 ARRAY = re.compile(r"(?:~?jaxtyping\.)?[A-Z]\w+\[(?:~?torch\.|~?numpy\.)?(Tensor|ndarray), '([^']*)'\]")
-BOUNDED = re.compile(r"(?:~?typing\.)?Annotated\[([\w.~]+), [^]]*\]+")
+BOUNDED = re.compile(r"(?:~?typing\.)?Annotated\[([\w.~]+(?:\[[^][]*\])?), (?:[^][]|\[[^][]*\])*\]")  # innermost first
 
 
 class Entries(SphinxDirective):
@@ -78,7 +78,12 @@ def _short(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, signa
 
 
 def _readable(text: str | None) -> str | None:
-    return text and BOUNDED.sub(r"\1", ARRAY.sub(_shape, text))
+    if text is None:
+        return None
+    text = ARRAY.sub(_shape, text)
+    while (plainer := BOUNDED.sub(r"\1", text)) != text:
+        text = plainer
+    return text
 
 
 def _shape(found: re.Match[str]) -> str:
