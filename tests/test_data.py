@@ -87,6 +87,15 @@ def test_subsets_are_balanced_standardised_and_decided_by_the_seed():
     assert not torch.equal(first.x_train, other.x_train)
 
 
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_what_is_done_to_loaded_data_does_not_reach_the_next_who_loads_them(name):
+    first, kept = load(name), load(name)
+    for part in ("x_train", "y_train", "x_test", "y_test"):
+        getattr(first, part).zero_()
+        assert torch.equal(getattr(load(name), part), getattr(kept, part))
+        assert getattr(kept, part).any()
+
+
 def test_moving_a_dataset_keeps_its_content():
     data = load("digits", num_train=10, num_test=10)
     moved = data.to("meta")

