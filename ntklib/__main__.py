@@ -1,7 +1,5 @@
 """Command line: run chapters, build the book, print the ledger, list data."""
 
-import json
-import math
 import os
 import sys
 from typing import Any
@@ -67,14 +65,24 @@ def build_book(preset: str, jobs: int) -> None:
 
 
 @cli.command()
+@PRESET
+def pdf(preset: str) -> None:
+    """Print the book from the chapters that are executed, as one PDF (needs Chromium)."""
+    from ntklib import printing
+
+    click.echo(f"The book is printed. Open {printing.print_book(preset).as_uri()}")
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
 def claims(as_json: bool) -> None:
     """Print the claims ledger; exit status 1 when an identity fails."""
     from ntklib import claims as ledger_module
+    from ntklib.pages import export
 
     entries = ledger_module.ledger()
     if as_json:
-        click.echo(json.dumps(_finite(entries), indent=1, allow_nan=False))
+        click.echo(export.as_json())
     else:
         for e in entries:
             measured = ledger_module.Measured(e["value"], e["sem"]) if e["value"] is not None else None
@@ -122,15 +130,6 @@ def _value(text: str) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _finite(value: Any) -> Any:
-    """The same structure with null for numbers that are not finite, which JSON lacks."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main() -> None:

@@ -4,15 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 
-from ntklib import claims, storage
+from ntklib import storage
 from ntklib.benchmark_page import benchmarks_page
+from ntklib.pages.places import contents
 from ntklib.paths import project_root, runs_root
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # the package has no __main__, and scripts may not be on the path
@@ -23,13 +22,6 @@ class BuildError(RuntimeError):
     """The book could not be built; the message says what is missing."""
 
 
-def contents() -> list[str]:
-    """Chapters in the order of the book's table of contents."""
-    toc = yaml.safe_load((project_root() / "book" / "_toc.yml").read_text(encoding="utf-8"))
-    entries = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-    return [Path(e).name for e in entries if e.startswith("executed/")]
-
-
 def build(preset: str) -> Path:
     """Copy executed chapters of ``preset``, write the generated pages and build the HTML; return its first page.
 
@@ -38,9 +30,7 @@ def build(preset: str) -> Path:
     """
     book = project_root() / "book"
     copy_executed(preset, book / "executed")
-    _write_if_changed(book / "claims.md", claims_page())
-    _write_if_changed(book / "figures.md", figures_page(book / "executed"))
-    _write_if_changed(book / "benchmarks.md", GENERATED + benchmarks_page())
+    generate(preset, book)
     command = [
         sys.executable, "-c", JUPYTER_BOOK, "build", str(book), "--config", str(project_root() / "_config.yml"),
         "--path-output", str(project_root()), "-W", "-n", "--keep-going",
@@ -75,78 +65,23 @@ def copy_executed(preset: str, target: Path) -> None:
             old.unlink()
 
 
+def generate(preset: str, book: Path) -> None:
+    """Write what is made from results and chapters: pages, the parts of the front page, the ledger as data."""
+    from ntklib.pages import export, figure_index, front, ledger, picture  # draws, which the command line need not wait for
+
+    metadata = {c: nbformat.read(book / "executed" / f"{c}.ipynb", as_version=4).metadata for c in contents()}
+    parameters = {chapter: m["ntklib"]["parameters"] for chapter, m in metadata.items()}
+    story = picture.write(preset, book / "_generated")
+    _write_if_changed(book / "_generated" / "summary.md", GENERATED + front.summary(story))
+    _write_if_changed(book / "_generated" / "files" / export.NAME, export.as_json() + "\n")
+    _write_if_changed(book / "claims.md", GENERATED + ledger.claims_page())
+    _write_if_changed(book / "figures.md", GENERATED + figure_index.figures_page(parameters))
+    _write_if_changed(book / "benchmarks.md", GENERATED + benchmarks_page())
+
+
 def _write_if_changed(path: Path, page: str) -> None:
     if not path.exists() or path.read_text(encoding="utf-8") != page:
         storage.write_atomic(path, page.encode())
-
-
-def claims_page() -> str:
-    """The ledger as a page: one table per source, each claim with its verdict, number and chapter."""
-    entries = claims.ledger()
-    of_sources = [e for e in entries if e["source"] != claims.OWN]
-    own = [e for e in entries if e["source"] == claims.OWN]
-    lines = [
-        GENERATED, "# Claims ledger\n",
-        f"{len(of_sources)} claims of the five sources, and {_count(own, 'finding')} of this book, each with "
-        f"the test that it was put to: {_counts(entries)}.\n",
-        "A verdict is computed from the measured number and its standard error: *holds* when the number lies in the required range "
-        "with two standard errors to spare, *fails* when it lies outside by as much, *inconclusive* in between or with too few "
-        "seeds. Claims whose chapter is still to come, or was not run at the preset that the claim asks for, are not judged.\n",
-    ]  # fmt: skip
-    for source, title in claims.SOURCES.items():
-        table = _ledger_table([e for e in entries if e["source"] == source])
-        lines += [f"## {title}\n", f"Source: {{cite:t}}`{source}`\n", table, ""]
-    return "\n".join([*lines, "## Findings of this book\n", _ledger_table(own), ""])
-
-
-def _count(things: Sequence[Any], noun: str) -> str:
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
-
-
-def _counts(entries: Sequence[dict[str, Any]]) -> str:
-    counts = {v: sum(e["verdict"] == v for e in entries) for v in (claims.HOLDS, claims.FAILS, claims.INCONCLUSIVE)}
-    counts[claims.NOT_JUDGED] = len(entries) - sum(counts.values())
-    return ", ".join(f"{n} {claims.badge(v)}" for v, n in counts.items())
-
-
-def _ledger_table(entries: Sequence[dict[str, Any]]) -> str:
-    rows = ["| claim | verdict | statement | measured (required) |", "|---|---|---|---|"]
-    known = set(contents())
-    for e in entries:
-        chapter = f"[{e['chapter']}](executed/{e['chapter']}.ipynb)" if e["chapter"] in known else f"{e['chapter']} (to come)"
-        parts = []
-        for c in e["criteria"]:
-            got = f": **{claims.number(claims.Measured(c['value'], c['sem']))}**" if "value" in c else ""
-            parts.append(f"{c['quantity']}{got} ({c['threshold']})")
-        if e["seeds"]:
-            parts.append(f"{_count(range(e['seeds']), 'seed')}; {e['hardware'] or 'closed form'}")
-        note = f"<br>*Note.* {' '.join(e['note'].split())}" if e["note"] else ""
-        statement = f"{' '.join(e['statement'].split())} ({e['place']}){note}"
-        verdict = f"{claims.badge(e['verdict'])}<br>{chapter}"
-        rows.append(f"| **{e['id']}** | {verdict} | {_cell(statement)} | {_cell('<br>'.join(parts))} |")
-    return "\n".join(rows)
-
-
-def _cell(text: str) -> str:
-    """Text inside a table cell: a bar would end the cell."""
-    return text.replace("\\|", "\\Vert ").replace("|", "\\vert ")
-
-
-def figures_page(executed: Path) -> str:
-    """The index from the sources' figures and theorems to our figures, read from the chapters' cell metadata."""
-    rows = ["| source | figure, theorem | chapter | what is shown |", "|---|---|---|---|"]
-    for chapter in contents():
-        notebook = nbformat.read(executed / f"{chapter}.ipynb", as_version=4)
-        title = next(c.source.splitlines()[0].lstrip("# ") for c in notebook.cells if c.cell_type == "markdown")
-        for cell in notebook.cells:
-            figure = cell.metadata.get("mystnb", {}).get("figure", {})
-            for place in cell.metadata.get("reproduces", []):
-                source, _, what = place.partition(": ")
-                shown = figure.get("caption", "").split(". ")[0].rstrip(".")
-                link, number = f"[{title}](executed/{chapter}.ipynb)", f"{{numref}}`{figure['name']}`"
-                rows.append(f"| {{cite}}`{source}` | {what} | {link} | {number}: {_cell(shown)} |")
-    head = [GENERATED, "# Figure index\n", "From the sources' figures and theorems to the figures of this book.\n"]
-    return "\n".join([*head, *rows, ""])
 
 
 def run_and_build(preset: str, tasks_jobs: int, console: Any) -> Path:

@@ -93,6 +93,7 @@ class Claim:
     seeds: int
     criteria: list[Criterion]
     note: str = ""
+    figure: str = ""  # name of the figure that shows it, where that is not the one of its section; "none" if no figure does
 
 
 def load_claims(path: Path | None = None) -> dict[str, Claim]:
@@ -255,7 +256,7 @@ def _entry(claim: Claim, record: dict[str, Any] | None) -> dict[str, Any]:
         "id": claim.id, "source": claim.source, "place": claim.place, "statement": claim.statement.strip(), "kind": claim.kind,
         "chapter": claim.chapter, "preset": claim.preset, "quantity": claim.criteria[0].quantity, "value": None, "sem": None,
         "seeds": None, "threshold": claim.criteria[0].threshold, "verdict": NOT_JUDGED, "run": None, "hardware": None,
-        "criteria": [{"quantity": c.quantity, "threshold": c.threshold} for c in claim.criteria], "note": claim.note.strip(),
+        "commit": None, "date": None, "criteria": [_bounds(c) for c in claim.criteria], "note": claim.note.strip(),
     }  # fmt: skip
     if record is None:
         return entry
@@ -263,11 +264,15 @@ def _entry(claim: Claim, record: dict[str, Any] | None) -> dict[str, Any]:
     judgement = Judgement(claim, [Measured(**m) for m in found["measured"]], found["seeds"], record["preset"], found["runs"])
     i = judgement.deciding
     criteria = [
-        {"quantity": c.quantity, "threshold": c.threshold, **asdict(m), "verdict": v}
-        for c, m, v in zip(claim.criteria, judgement.measured, judgement.parts, strict=True)
+        _bounds(c) | asdict(m) | {"verdict": v} for c, m, v in zip(claim.criteria, judgement.measured, judgement.parts, strict=True)
     ]
     return entry | {
         "quantity": claim.criteria[i].quantity, "value": judgement.measured[i].value, "sem": judgement.measured[i].sem,
         "seeds": judgement.seeds, "threshold": claim.criteria[i].threshold, "verdict": judgement.verdict,
-        "run": judgement.runs, "hardware": record["hardware"], "criteria": criteria,
+        "run": judgement.runs, "hardware": record["hardware"] or None, "commit": record["git"]["commit"],
+        "date": record["written"], "criteria": criteria,
     }  # fmt: skip
+
+
+def _bounds(criterion: Criterion) -> dict[str, Any]:
+    return {"quantity": criterion.quantity, "threshold": criterion.threshold, "low": criterion.low, "high": criterion.high}

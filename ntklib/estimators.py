@@ -61,16 +61,17 @@ def ntk_trace(
 
     divided by n c when ``normalize`` (the number the main paper plots). Methods:
 
-    ================ ============================================================ =================================
-    method           one draw                                                     mean; variance of one draw
-    ================ ============================================================ =================================
-    exact            :math:`\lVert J \rVert_F^2`, by c backward passes            Tr K; 0
-    perturbation     :math:`\lVert f(x;w+\Delta)-f(x;w)\rVert_F^2/\epsilon^2`,    Tr K + O(epsilon^2); 2 ||K||_F^2 + O(epsilon^2)
-                     Delta ~ N(0, epsilon^2 I) (main paper, Theorem 4.1)
-    jvp              :math:`\lVert J z \rVert^2`, z ~ N(0, I): its limit epsilon -> 0   Tr K; 2 ||K||_F^2
-    output           :math:`\sum_i \lVert J_i^T v_i \rVert^2`, v_ia = +-1 with    Tr K; 2 sum_i (||K_ii||_F^2 - sum_a K_ii,aa^2)
-                     probability 1/2 (Hutchinson in output space)
-    ================ ============================================================ =================================
+    ============ =============================================================== ==========================================
+    method       one draw                                                        mean; variance of one draw
+    ============ =============================================================== ==========================================
+    exact        :math:`\lVert J \rVert_F^2`, by c backward passes               Tr K; 0
+    perturbation :math:`\lVert f(x;w+\Delta)-f(x;w)\rVert_F^2/\epsilon^2`,       :math:`\operatorname{Tr} K + O(\epsilon^2)`;
+                 Delta ~ N(0, epsilon^2 I) (main paper, Theorem 4.1)             :math:`2 \lVert K \rVert_F^2 + O(\epsilon^2)`
+    jvp          :math:`\lVert J z \rVert^2`, z ~ N(0, I), the limit of a         Tr K; :math:`2 \lVert K \rVert_F^2`
+                 perturbation for epsilon -> 0
+    output       :math:`\sum_i \lVert J_i^\top v_i \rVert^2`, v_ia = +-1 with     Tr K; :math:`2 \sum_i \sum_{a \ne b} K_{ii,ab}^2`
+                 probability 1/2 (Hutchinson in output space)
+    ============ =============================================================== ==========================================
 
     (variances of the unnormalised trace; K_ii is the c x c block of example i). With ``probes="orthogonal"`` the directions of one
     example are rows of sqrt(c) times a random orthogonal matrix: the error falls faster with the number of draws and is 0 at c; the

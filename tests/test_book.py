@@ -2,15 +2,16 @@
 
 import json
 import re
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
+import links
 import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from links import parsed, target
 
 from ntklib import book, chapters, claims
 
@@ -31,11 +32,6 @@ VERDICTS = {
 }
 
 
-@cache
-def parsed(path):
-    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-
-
 def page(built_book, name):
     return parsed(built_book / f"{name}.html")
 
@@ -45,20 +41,13 @@ def article(built_book, name):
 
 
 def html_pages(built_book):
-    found = [p for p in built_book.rglob("*.html") if "_static" not in p.parts]
+    found = links.pages(built_book)
     assert len(found) > len(PAGES)  # and the search page
     return found
 
 
 def words(element):
     return " ".join(element.get_text(" ").split())
-
-
-def target(page_path, address):
-    """The file a local address on a page leads to, and its anchor."""
-    parts = urlsplit(address)
-    path = (page_path.parent / unquote(parts.path)).resolve() if parts.path else page_path
-    return (path / "index.html" if path.is_dir() else path), unquote(parts.fragment)
 
 
 def figure_cells(chapter):
@@ -95,19 +84,8 @@ def test_the_sidebar_leads_to_every_page(built_book):
     assert {f"{name}.html" for name in PAGES if name != CONTENTS["root"]} <= {a["href"] for a in links}
 
 
-def test_every_local_link_and_anchor_exists(built_book):
-    broken = []
-    for path in html_pages(built_book):
-        for element in parsed(path).find_all(href=True) + parsed(path).find_all(src=True):
-            address = element.get("href") or element.get("src")
-            if urlsplit(address).scheme or address.startswith("//"):
-                continue
-            file, anchor = target(path, address)
-            if not file.is_file() or not file.is_relative_to(built_book.resolve()):
-                broken.append(f"{path.name}: {address} has no file")
-            elif anchor and file.suffix == ".html" and not parsed(file).find(attrs={"id": anchor}):
-                broken.append(f"{path.name}: {address} has no anchor")
-    assert not broken
+def test_every_link_leads_somewhere_and_every_name_is_given_once(built_book):
+    assert not links.problems(built_book)
 
 
 def test_no_page_loads_anything_from_outside(built_book):
