@@ -104,6 +104,17 @@ def test_what_was_added_meets_the_rules_and_is_found_by_its_name(checkout):
     files = [f"tests/test_{name}.py" for name in ("repo", "claims", "models", "similarity", "toys")]
     done = python(checkout, "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
     assert done.returncode == 0, done.stdout
-    assert python(checkout, "ruff", "format", "ntklib", "tests").returncode == 0  # the blocks leave out empty lines
-    lint = python(checkout, "ruff", "check", "ntklib", "tests")
+    written = sorted(
+        {
+            name
+            for title in RECIPES
+            for kind, text in recipe(title)
+            if kind == "python"
+            for name, *_ in pieces(text)
+            if name.endswith(".py")
+        }
+    )
+    for words in (("check", "--fix"), ("format",)):  # the blocks leave out empty lines
+        python(checkout, "ruff", *words, *written)
+    lint = python(checkout, "ruff", "check", *written)
     assert lint.returncode == 0, lint.stdout
