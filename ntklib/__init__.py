@@ -59,6 +59,7 @@ _HOMES = {
     "ntklib.fixmatch_probe": ["FixMatchProbe"],
     "ntklib.fixmatch_settings": ["FixMatchSettings"],
     "ntklib.functional": ["functional_model"],
+    "ntklib.grid_settings": ["FactorizationSettings", "TwoLayerSettings"],
     "ntklib.grokking_settings": ["GrokkingSettings"],
     "ntklib.input_noise": ["logit_perturbation"],
     "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"],
@@ -104,12 +105,10 @@ _HOMES = {
     "ntklib.runs": ["Run", "RunResult", "combine", "with_quantity"],
     "ntklib.settings": [
         "ConeSettings",
-        "FactorizationSettings",
         "FullBatchSettings",
         "MarginSettings",
         "SupervisedSettings",
         "TaskSettings",
-        "TwoLayerSettings",
     ],
     "ntklib.similarity": [
         "centered_kernel_alignment",

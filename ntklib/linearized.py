@@ -14,8 +14,7 @@ from ntklib.filters import decompose, filter_matrix, filter_operator
 from ntklib.functional import functional_model, unwrap
 from ntklib.kernels import flatten_kernel
 from ntklib.spectra import LinearMap
-from ntklib.training.minibatch import Checkpoint
-from ntklib.training.state import State
+from ntklib.training.state import Checkpoint, State
 
 Kernel = Float[Tensor, "n n c c"] | Float[Tensor, "k k"] | LinearMap
 TestKernel = Float[Tensor, "m n c c"] | Float[Tensor, "l k"] | LinearMap

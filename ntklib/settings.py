@@ -84,26 +84,22 @@ class ImageSettings(NetworkSettings):
         return self
 
 
-class SupervisedSettings(ImageSettings):
-    """One supervised training run on images, and what is measured along it.
+class TracedSettings(ImageSettings):
+    """What every run on mini-batches has whose trace is measured along it.
 
     Attributes:
         num_train: Class-balanced training subset; 0 for all.
         num_test: The same for test images.
         model: Name in ``ntklib.models``.
         width: Channels of the first stage, or hidden units.
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: Learning rate at the first step.
-        momentum: Momentum, of ``"sgd"`` alone.
-        weight_decay: Weight decay, added to the gradient but for ``"adamw"``.
+        momentum: Momentum.
+        weight_decay: Weight decay.
         batch_size: Examples per step.
-        epochs: Passes over the training data.
-        schedule: ``"constant"``, ``"cosine"`` or ``"step"``.
-        loss: ``"cross_entropy"`` or ``"half_mse"``.
-        augment: ``"none"`` or ``"crop_flip"``.
+        schedule: A name in ``ntklib.training.SCHEDULES``.
         ema_decays: Decay rates of moving averages of the parameters that the run carries, see ``ExponentialAverages``.
         ema_buffers: ``"copy"`` or ``"average"``, see there.
-        num_probe: Training images on which the trace is measured.
+        num_probe: Images on which the trace is measured.
         method: Trace estimator, see ``ntk_trace``.
         num_samples: Its draws.
         epsilon: Standard deviation of the main paper's weight perturbation.
@@ -114,15 +110,11 @@ class SupervisedSettings(ImageSettings):
     num_test: Annotated[int, Field(ge=0)] = 0
     model: str
     width: Positive
-    optimizer: str = "sgd"
     lr: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Positive
-    epochs: Positive
     schedule: str = "constant"
-    loss: str = "cross_entropy"
-    augment: str = "none"
     ema_decays: tuple[float, ...] = ()
     ema_buffers: str = "copy"
     num_probe: Positive
@@ -132,20 +124,43 @@ class SupervisedSettings(ImageSettings):
     num_perturbations: Positive = 1
 
     @model_validator(mode="after")
-    def _check_names(self) -> Self:
+    def _check_training(self) -> Self:
         from ntklib import models
-        from ntklib.data.augment import augment_by_name
-        from ntklib.training import OPTIMIZERS, SCHEDULES, loss_by_name
+        from ntklib.training import SCHEDULES
         from ntklib.training.ema import BUFFERS, check_decays
 
         models.check_name(self.model)
-        loss_by_name(self.loss)
-        augment_by_name(self.augment)
         if self.ema_decays:
             check_decays(self.ema_decays)
-        text.check_known("optimizer", self.optimizer, OPTIMIZERS)
         text.check_known("schedule", self.schedule, SCHEDULES)
         text.check_known("choice of buffers", self.ema_buffers, BUFFERS)
+        return self
+
+
+class SupervisedSettings(TracedSettings):
+    """One supervised training run on images, and what is measured along it.
+
+    Attributes:
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``; momentum is of ``"sgd"`` alone, and weight decay is added to the gradient
+            but for ``"adamw"``.
+        epochs: Passes over the training data.
+        loss: ``"cross_entropy"`` or ``"half_mse"``.
+        augment: ``"none"`` or ``"crop_flip"``.
+    """
+
+    optimizer: str = "sgd"
+    epochs: Positive
+    loss: str = "cross_entropy"
+    augment: str = "none"
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        from ntklib.data.augment import augment_by_name
+        from ntklib.training import OPTIMIZERS, loss_by_name
+
+        loss_by_name(self.loss)
+        augment_by_name(self.augment)
+        text.check_known("optimizer", self.optimizer, OPTIMIZERS)
         text.check_known("method", self.method, ("exact", "output", "jvp", "perturbation"))
         if self.num_train and self.num_probe > self.num_train:
             msg = f"num_probe must be at most num_train = {self.num_train}, the training images there are. Got {self.num_probe}."
@@ -213,90 +228,6 @@ class MarginSettings(ImageSettings):
     @model_validator(mode="after")
     def _check_activation(self) -> Self:
         text.check_known("activation", self.activation, ("relu", "identity"))
-        return self
-
-
-class GridSettings(Settings):
-    """Gradient descent from one start over a grid of learning rates.
-
-    Attributes:
-        init_scale: Size of the start.
-        lr_low: Smallest learning rate, in units of an edge of stability that the subclass names.
-        lr_high: Largest learning rate in the same unit.
-        num_lr: Learning rates, evenly spaced.
-        steps: Gradient steps.
-    """
-
-    init_scale: Annotated[float, Field(gt=0)]
-    lr_low: Annotated[float, Field(gt=0)]
-    lr_high: Annotated[float, Field(gt=0)]
-    num_lr: Annotated[int, Field(ge=2)]
-    steps: Positive
-
-    @model_validator(mode="after")
-    def _check_grid(self) -> Self:
-        if self.lr_low >= self.lr_high:
-            msg = f"lr_low must be below lr_high = {self.lr_high:g}. Got {self.lr_low:g}."
-            raise ValueError(msg)
-        return self
-
-
-class FactorizationSettings(GridSettings):
-    """Gradient descent on a deep matrix factorization.
-
-    Learning rates are in units of 2/S_1, the edge of the largest singular value.
-
-    Attributes:
-        depth: Layers L, 2 to 8.
-        targets: Singular values of the target, positive.
-        dim: Width of the square layers, at least 2; singular values that are not given are zero.
-        init_scale: Product of the layers below the last at the start; the last layer is zero.
-        keep: Last steps that are kept.
-    """
-
-    depth: Annotated[int, Field(ge=2, le=8)]
-    targets: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
-    dim: Annotated[int, Field(ge=2)]
-    keep: Annotated[int, Field(ge=2)]
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> Self:
-        if len(self.targets) > self.dim:
-            msg = f"dim must be at least {len(self.targets)}, the number of singular values in targets. Got {self.dim}."
-            raise ValueError(msg)
-        if self.keep > self.steps:
-            msg = f"keep must be at most steps = {self.steps}. Got {self.keep}."
-            raise ValueError(msg)
-        return self
-
-
-class TwoLayerSettings(GridSettings):
-    """Gradient descent of a two-layer linear network on inputs with a dominant direction, from a small random start.
-
-    Learning rates are in units of 2 over the least sharpness of all minima.
-
-    Attributes:
-        num_inputs: Examples n, at least 2.
-        dim: Input dimension d, at least n.
-        top: Singular value of the dominant direction; the others are uniform in [0.5, 1.5].
-        share: Cosine between the targets and the dominant direction.
-        width: Hidden units.
-        init_scale: Norm of the readout and of the hidden weights at the start.
-        seed: Seed of inputs and start.
-    """
-
-    num_inputs: Annotated[int, Field(ge=2)]
-    dim: Positive
-    top: Annotated[float, Field(gt=0)]
-    share: Annotated[float, Field(ge=0, le=1)]
-    width: Positive
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> Self:
-        if self.dim < self.num_inputs:
-            msg = f"dim must be at least num_inputs = {self.num_inputs}, so that all targets can be fitted. Got {self.dim}."
-            raise ValueError(msg)
         return self
 
 

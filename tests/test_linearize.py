@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import deep_linear_kernel, gradients_by_definition, one_hot_by_loops
 from reference_dynamics import Attention, Shared, taylor_by_gradients
+from small_networks import FLOAT64, C, D, N, linear, mlp, normal
 from torch import nn
 
 from ntklib.data.datasets import Dataset
@@ -15,23 +16,6 @@ from ntklib.linearized import constant_kernel_flow, continue_linearized, lineari
 from ntklib.models import MLP, build, calibrate_batch_norm, initialize
 from ntklib.random import stream
 from ntklib.training import gradient_descent, sgd
-
-N, D, C = 4, 6, 3
-
-
-def normal(*shape: int, use: str = "x") -> torch.Tensor:
-    return torch.randn(*shape, generator=stream(0, use), dtype=torch.float64)
-
-
-def linear() -> MLP:
-    return initialize(MLP(D, [], C), "standard", stream(0, "init")).double()
-
-
-FLOAT64 = {"dtype": torch.float64}
-
-
-def mlp() -> MLP:
-    return initialize(MLP(D, [8], C, activation="tanh"), "standard", stream(0, "init")).double()
 
 
 def resnet() -> nn.Module:

@@ -75,7 +75,7 @@ def test_every_replica_of_minibatch_training_equals_its_own_run(optimizer, optio
     *_, last = replicated_minibatches(networks(), images, optimizer=optimizer, seeds=SEEDS, **common)
     for i, seed in enumerate(SEEDS):
         *_, alone = loop_by_optimizer(optimizer)(network(i), images, seed=seed, **common)
-        assert (last.step, last.epoch) == (alone.step, alone.epoch)
+        assert (last.step, last.epoch, last.lr) == (alone.step, alone.epoch, alone.lr)
         assert float(last.losses[i]) == pytest.approx(alone.loss, rel=1e-10)
         assert_same(last.stack.unstack(i), alone.model)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import flow_by_runge_kutta, one_hot_by_loops, summed_loss_descent
 from reference_dynamics import feature_descent, ridge_regression
+from small_networks import FLOAT64, C, D, N, linear, mlp, normal
 
 from ntklib.kernels import empirical_ntk, flatten_kernel
 from ntklib.linearized import constant_kernel_flow, kernel_regression
@@ -13,23 +14,6 @@ from ntklib.models import MLP, initialize
 from ntklib.operator import NTKOperator
 from ntklib.random import stream
 from ntklib.training import gradient_descent
-
-N, D, C = 4, 6, 3
-
-
-def normal(*shape: int, use: str = "x") -> torch.Tensor:
-    return torch.randn(*shape, generator=stream(0, use), dtype=torch.float64)
-
-
-def linear() -> MLP:
-    return initialize(MLP(D, [], C), "standard", stream(0, "init")).double()
-
-
-FLOAT64 = {"dtype": torch.float64}
-
-
-def mlp() -> MLP:
-    return initialize(MLP(D, [8], C, activation="tanh"), "standard", stream(0, "init")).double()
 
 
 @pytest.fixture
