@@ -6,11 +6,12 @@ JOBS ?= 2
 BENCH ?=
 PY := $(VENV)/bin/python
 
-.PHONY: help book test check lab bench clean venv
+.PHONY: help book pdf test check lab bench clean venv
 
 help:
 	@echo "make book    compute the chapters and build the book  (PRESET=smoke|default|paper, JOBS=2)"
-	@echo "make test    all tests, including notebooks, book and browser"
+	@echo "make pdf     print the built book as one PDF  (PRESET, needs Chromium)"
+	@echo "make test    all tests, including notebooks, book and browser  (JOBS=2)"
 	@echo "make check   lint, format, types and the fast tests"
 	@echo "make lab     open JupyterLab on the chapters"
 	@echo "make bench   measure speed against the peers  (BENCH=\"--quick\", \"--only W1\", \"--save\")"
@@ -22,8 +23,11 @@ venv:
 book: venv
 	@$(PY) -m ntklib book --preset $(PRESET) --jobs $(JOBS)
 
+pdf: venv
+	@$(PY) -m ntklib pdf --preset $(PRESET)
+
 test: venv
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 check: venv
 	$(PY) -m ruff check .
@@ -32,7 +36,8 @@ check: venv
 	$(PY) -m pytest -q -m "not slow"
 
 lab: venv
-	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/quickstart.ipynb
+	@$(PY) -m ntklib.start_page
+	$(PY) -m jupyterlab --notebook-dir=. "--LabApp.default_url=/lab/tree/notebooks/start.md?factory=Markdown%20Preview"
 
 bench: venv
 	@$(PYTHON) tools/setup_venv.py $(VENV) book dev bench

@@ -13,7 +13,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ntklib.alignment": ["alignment_change", "at_loss", "block_bootstrap", "network_modes", "rank_correlation", "target_modes"],
+    "ntklib.alignment": ["alignment_change", "at_loss", "block_bootstrap", "network_modes", "target_modes"],
     "ntklib.averaging": [
         "GradientBound",
         "average_path",
@@ -99,6 +99,7 @@ _HOMES = {
     "ntklib.models": ["calibrate_batch_norm"],
     "ntklib.modular_settings": ["ModularSettings"],
     "ntklib.period_doubling": ["doublings", "mode_sharpness", "two_period_orbit"],
+    "ntklib.phases": ["rank_correlation"],
     "ntklib.reference": ["load_reference"],
     "ntklib.runs": ["Run", "RunResult", "combine", "with_quantity"],
     "ntklib.settings": [

@@ -65,6 +65,15 @@ def build_book(preset: str, jobs: int) -> None:
 
 
 @cli.command()
+@PRESET
+def pdf(preset: str) -> None:
+    """Print the book from the chapters that are executed, as one PDF (needs Chromium)."""
+    from ntklib import printing
+
+    click.echo(f"The book is printed. Open {printing.print_book(preset).as_uri()}")
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
 def claims(as_json: bool) -> None:
     """Print the claims ledger; exit status 1 when an identity fails."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -154,20 +153,6 @@ def at_loss(loss: Sequence[float], value: Sequence[float], level: float) -> floa
         return float(values[i])
     share = math.log(losses[i - 1] / level) / math.log(losses[i - 1] / losses[i])
     return float((1 - share) * values[i - 1] + share * values[i])
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation of the pairs of which both are finite; nan for fewer than three or without variation.
-
-    Args:
-        first: Numbers.
-        second: As many others.
-    """
-    pairs = np.array([(a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a) and math.isfinite(b)])
-    if len(pairs) < 3 or (np.ptp(pairs, axis=0) == 0).any():
-        return math.nan
-    ranks = pd.DataFrame(pairs).rank().to_numpy()
-    return float(np.corrcoef(ranks.T)[0, 1])
 
 
 def block_bootstrap(

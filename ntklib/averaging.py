@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ntklib.data.partial import PartlyLabelled, WeakAndStrong
 from ntklib.estimators import ntk_trace
 from ntklib.random import stream
-from ntklib.text import unknown
+from ntklib.text import check_known
 from ntklib.training.losses import cross_entropy, one_hot
 
 BEFORE, AFTER = "before", "after"
@@ -329,5 +329,4 @@ def _check(tau: float) -> None:
 
 
 def _check_update(update: str) -> None:
-    if update not in (AFTER, BEFORE):
-        raise ValueError(unknown("update", update, (AFTER, BEFORE)))
+    check_known("update", update, (AFTER, BEFORE))

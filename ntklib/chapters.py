@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import nbformat
 import yaml
 
-from ntklib import text
+from ntklib import provenance, text
 from ntklib.paths import project_root
 from ntklib.settings import Settings
 
@@ -155,6 +155,8 @@ class Provenance:
         return f"{len(self.results)} runs of {self.chapter.name}, preset {self.chapter.preset}"
 
     def _repr_markdown_(self) -> str:
+        if not self.results:
+            return f"Preset {self.chapter.preset}; no stored runs. {self._machines()}"
         rows = ["| run | seed | status | wall time (s) | peak memory (MiB) |", "|---|---|---|---|---|"]
         for r in self.results:
             seconds = sum(s["wall_seconds"] for s in r.sessions)
@@ -166,7 +168,7 @@ class Provenance:
 
     def _machines(self) -> str:
         """Machines, versions, commits and dates of all sessions, each once."""
-        sessions = [s for r in self.results for s in r.sessions]
+        sessions = [s for r in self.results for s in r.sessions] or [_present()]
         once = lambda values: "; ".join(dict.fromkeys(map(str, values)))  # noqa: E731
         versions = [s["versions"] for s in sessions]
         return (
@@ -175,6 +177,12 @@ class Provenance:
             f"torch {once(v['torch'] for v in versions)}, ntklib {once(v['ntklib'] for v in versions)}, "
             f"commit {once(_commit(s['git']) for s in sessions)}."
         )
+
+
+def _present() -> dict[str, Any]:
+    """A session that is the present process, for a chapter that stores no runs."""
+    now = {"ended": provenance.utc_now(), "versions": provenance.versions(), "git": provenance.git_state()}
+    return now | provenance.machine("cpu")
 
 
 def _machine(session: Mapping[str, Any]) -> str:

@@ -1,9 +1,11 @@
 """What a model and its inputs must be before anything is differentiated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
+
+from ntklib.text import check_known
 
 # in training mode these modules draw random masks
 _STOCHASTIC = (nn.modules.dropout._DropoutNd,)
@@ -58,6 +60,20 @@ def check_pair(x1: Tensor, x2: Tensor) -> None:
         raise ValueError(msg)
     if (x1.dtype, x1.device) != (x2.dtype, x2.device):
         msg = f"x1 and x2 must share dtype and device. Got {x1.dtype} on {x1.device} and {x2.dtype} on {x2.device}."
+        raise ValueError(msg)
+
+
+def check_draws(method: str, known: Collection[str], epsilon: float | None, num_samples: int) -> None:
+    """Raise unless the method of an estimate by random draws is known, and step and number of draws fit it."""
+    check_known("method", method, known)
+    if method == "perturbation" and not (epsilon is not None and epsilon > 0):
+        msg = f"method='perturbation' requires epsilon > 0 (the main paper uses 0.01). Got epsilon={epsilon}."
+        raise ValueError(msg)
+    if method != "perturbation" and epsilon is not None:
+        msg = f"epsilon belongs to method='perturbation' only. Got epsilon={epsilon} with method={method!r}."
+        raise ValueError(msg)
+    if num_samples < 1:
+        msg = f"num_samples must be at least 1. Got {num_samples}."
         raise ValueError(msg)
 
 

@@ -201,8 +201,7 @@ class Verdicts:
         Raises:
             ValueError: If the claim is unknown or the count of numbers is not that of its criteria.
         """
-        if claim not in self._claims:
-            raise ValueError(text.unknown("claim", claim, self._claims))
+        text.check_known("claim", claim, self._claims)
         expected = len(self._claims[claim].criteria)
         if len(measured) != expected:
             msg = f"Claim {claim} has {expected} criteria, so {expected} numbers are needed. Got {len(measured)}."

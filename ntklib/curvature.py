@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ntklib.functional import Model, Params
 from ntklib.operator import restricted_model
 from ntklib.spectra import top_eigenpairs
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 if TYPE_CHECKING:
     from curvlinops import HessianLinearOperator
@@ -152,8 +152,7 @@ def _reduction(loss_fn: LossFunction, batches: list[Batch], reduction: str | Non
     if reduction is None:
         msg = f"{len(batches)} batches need reduction='mean' or 'sum', which says how their losses combine. Got none."
         raise ValueError(msg)
-    if reduction not in REDUCTIONS:
-        raise ValueError(unknown("reduction", reduction, REDUCTIONS))
+    check_known("reduction", reduction, REDUCTIONS)
     return reduction
 
 

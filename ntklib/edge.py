@@ -19,7 +19,7 @@ from ntklib.operator import NTKOperator
 from ntklib.random import stream
 from ntklib.settings import ImageSettings, Positive
 from ntklib.spectra import top_eigenpairs
-from ntklib.text import unknown
+from ntklib.text import check_known
 from ntklib.training import State, central_flow, gradient_descent, gradient_flow, half_mse, one_hot, sgd, steps_per_epoch
 from ntklib.training.flows import FlowState, hessian_modes
 
@@ -71,13 +71,9 @@ class EdgeSettings(ImageSettings):
 
     @model_validator(mode="after")
     def _check_task(self) -> "EdgeSettings":
-        for kind, got, known in (
-            ("network", self.network, NETWORKS),
-            ("targets", self.targets, TARGETS),
-            ("method", self.method, METHODS),
-        ):
-            if got not in known:
-                raise ValueError(unknown(kind, got, known))
+        check_known("network", self.network, NETWORKS)
+        check_known("targets", self.targets, TARGETS)
+        check_known("method", self.method, METHODS)
         if self.batch_size > self.num_train:
             msg = f"batch_size must be at most num_train = {self.num_train}. Got {self.batch_size}."
             raise ValueError(msg)

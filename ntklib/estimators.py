@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from ntklib.checks import check_draws
 from ntklib.directions import directional_derivative, random_direction
 from ntklib.functional import Params
 from ntklib.kernels.evaluate import Request, prepared, square_norms_along
 from ntklib.kernels.streaming import Program
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 DRAW_BUDGET = 2**24  # scalars of perturbed parameters held at a time
 
@@ -60,16 +61,17 @@ def ntk_trace(
 
     divided by n c when ``normalize`` (the number the main paper plots). Methods:
 
-    ================ ============================================================ =================================
-    method           one draw                                                     mean; variance of one draw
-    ================ ============================================================ =================================
-    exact            :math:`\lVert J \rVert_F^2`, by c backward passes            Tr K; 0
-    perturbation     :math:`\lVert f(x;w+\Delta)-f(x;w)\rVert_F^2/\epsilon^2`,    Tr K + O(epsilon^2); 2 ||K||_F^2 + O(epsilon^2)
-                     Delta ~ N(0, epsilon^2 I) (main paper, Theorem 4.1)
-    jvp              :math:`\lVert J z \rVert^2`, z ~ N(0, I): its limit epsilon -> 0   Tr K; 2 ||K||_F^2
-    output           :math:`\sum_i \lVert J_i^T v_i \rVert^2`, v_ia = +-1 with    Tr K; 2 sum_i (||K_ii||_F^2 - sum_a K_ii,aa^2)
-                     probability 1/2 (Hutchinson in output space)
-    ================ ============================================================ =================================
+    ============ =============================================================== ==========================================
+    method       one draw                                                        mean; variance of one draw
+    ============ =============================================================== ==========================================
+    exact        :math:`\lVert J \rVert_F^2`, by c backward passes               Tr K; 0
+    perturbation :math:`\lVert f(x;w+\Delta)-f(x;w)\rVert_F^2/\epsilon^2`,       :math:`\operatorname{Tr} K + O(\epsilon^2)`;
+                 Delta ~ N(0, epsilon^2 I) (main paper, Theorem 4.1)             :math:`2 \lVert K \rVert_F^2 + O(\epsilon^2)`
+    jvp          :math:`\lVert J z \rVert^2`, z ~ N(0, I), the limit of a         Tr K; :math:`2 \lVert K \rVert_F^2`
+                 perturbation for epsilon -> 0
+    output       :math:`\sum_i \lVert J_i^\top v_i \rVert^2`, v_ia = +-1 with     Tr K; :math:`2 \sum_i \sum_{a \ne b} K_{ii,ab}^2`
+                 probability 1/2 (Hutchinson in output space)
+    ============ =============================================================== ==========================================
 
     (variances of the unnormalised trace; K_ii is the c x c block of example i). With ``probes="orthogonal"`` the directions of one
     example are rows of sqrt(c) times a random orthogonal matrix: the error falls faster with the number of draws and is 0 at c; the
@@ -120,22 +122,10 @@ def _exact(request: Request, normalize: bool) -> TraceEstimate:
 
 
 def _check_options(method: str, num_samples: int, epsilon: float | None, probes: str) -> None:
-    known = ("exact", *_SAMPLERS)
-    if method not in known:
-        raise ValueError(unknown("method", method, known))
-    if method == "perturbation" and not (epsilon is not None and epsilon > 0):
-        msg = f"method='perturbation' requires epsilon > 0 (the main paper uses 0.01). Got epsilon={epsilon}."
-        raise ValueError(msg)
-    if method != "perturbation" and epsilon is not None:
-        msg = f"epsilon belongs to method='perturbation' only. Got epsilon={epsilon} with method={method!r}."
-        raise ValueError(msg)
-    if probes not in PROBES:
-        raise ValueError(unknown("kind of probes", probes, PROBES))
+    check_draws(method, ("exact", *_SAMPLERS), epsilon, num_samples)
+    check_known("kind of probes", probes, PROBES)
     if method != "output" and probes != "rademacher":
         msg = f"probes belongs to method='output' only. Got probes={probes!r} with method={method!r}."
-        raise ValueError(msg)
-    if num_samples < 1:
-        msg = f"num_samples must be at least 1. Got {num_samples}."
         raise ValueError(msg)
 
 

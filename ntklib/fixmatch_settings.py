@@ -90,13 +90,9 @@ class FixMatchSettings(ImageSettings):
         check_fixmatch(self.mu, self.threshold, self.lambda_u, self.decayed, self.labelled_augment)
         if self.ema_decays:
             check_decays(self.ema_decays)
-        for kind, got, known in (
-            ("schedule", self.schedule, SCHEDULES),
-            ("choice of buffers", self.ema_buffers, BUFFERS),
-            ("method", self.method, ("exact", "output", "jvp")),
-        ):
-            if got not in known:
-                raise ValueError(text.unknown(kind, got, known))
+        text.check_known("schedule", self.schedule, SCHEDULES)
+        text.check_known("choice of buffers", self.ema_buffers, BUFFERS)
+        text.check_known("method", self.method, ("exact", "output", "jvp"))
         if self.num_train and self.num_labels > self.num_train:
             msg = f"num_labels must be at most num_train = {self.num_train}, the training images there are. Got {self.num_labels}."
             raise ValueError(msg)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ntklib.checks import check_rows_independent
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 Params = dict[str, Tensor]
 Model = Callable[[Params, Tensor], Tensor]
@@ -97,11 +97,10 @@ def functional_model(
         raise ValueError(msg)
     names = list(trainable) if params is None else list(params)
     for name in names:
-        if name not in trainable:
-            raise ValueError(unknown("trainable parameter", name, trainable))
+        check_known("trainable parameter", name, trainable)
     inner = [name for name, _ in model.named_modules() if name]
-    if output is not None and output not in inner:
-        raise ValueError(unknown("module", output, inner))
+    if output is not None:
+        check_known("module", output, inner)
     constants = {name: w.detach() for name, w in model.named_parameters()}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     places = _places(model)

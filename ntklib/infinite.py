@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntklib.checks import check_inputs, check_pair
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 # one layer's pre-activations or activations: variances over first inputs [n1] and over second inputs [n2], and the angle of each
 # pair [n1, n2], cos t = covariance / sqrt(variances), which tells near inputs apart where their covariance rounds to the variance
@@ -121,8 +121,7 @@ def _inputs(
     x1: Tensor, x2: Tensor | None, depth: int, activation: str, weight_std: float, bias_std: float
 ) -> tuple[Float[Tensor, " n1"], Float[Tensor, " n2"], Float[Tensor, "n1 n2"]]:
     """Check the arguments and return the moments of the inputs, with the factor 1/d."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(unknown("activation", activation, ACTIVATIONS))
+    check_known("activation", activation, ACTIVATIONS)
     if depth < 0 or not all(std >= 0 and math.isfinite(std) for std in (weight_std, bias_std)):
         got = f"{depth}, {weight_std} and {bias_std}"
         msg = f"depth, weight_std and bias_std must be finite and not negative. Got {got}."

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from ntklib.checks import check_inputs
+from ntklib.checks import check_draws, check_inputs
 from ntklib.directions import plain_attention
 from ntklib.estimators import TraceEstimate
 from ntklib.functional import functional_model
 from ntklib.kernels.evaluate import unchanged
 from ntklib.kernels.streaming import settings
-from ntklib.text import unknown
 
 METHODS = ("exact", "jvp", "perturbation")
 
@@ -49,8 +48,9 @@ def logit_perturbation(
     Raises:
         ValueError: If the inputs are integers, empty or not finite, rows interact, or an option does not fit the method.
     """
-    _check(x, method, epsilon, num_samples)
+    check_draws(method, METHODS, epsilon, num_samples)
     check_inputs(x, "x")
+    _check_real(x)
     f, params = functional_model(model)
     with settings(), unchanged(model), plain_attention():
         if method == "exact":
@@ -82,18 +82,7 @@ def _squared_jacobian(f, x: Tensor) -> tuple[float, int]:
     return total, out.numel()
 
 
-def _check(x: Tensor, method: str, epsilon: float | None, num_samples: int) -> None:
-    if method not in METHODS:
-        raise ValueError(unknown("method", method, METHODS))
+def _check_real(x: Tensor) -> None:
     if not x.is_floating_point():
         msg = f"x must be real, as noise is added to it: pass tokens as one-hot vectors. Got {x.dtype}."
-        raise ValueError(msg)
-    if method == "perturbation" and not (epsilon is not None and epsilon > 0):
-        msg = f"method='perturbation' requires epsilon > 0. Got epsilon={epsilon}."
-        raise ValueError(msg)
-    if method != "perturbation" and epsilon is not None:
-        msg = f"epsilon belongs to method='perturbation' only. Got epsilon={epsilon} with method={method!r}."
-        raise ValueError(msg)
-    if num_samples < 1:
-        msg = f"num_samples must be at least 1. Got {num_samples}."
         raise ValueError(msg)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
@@ -18,9 +17,10 @@ from ntklib.kernels import empirical_ntk, flatten_kernel
 from ntklib.linearized import constant_kernel_flow
 from ntklib.models import NTKMLP, ScaledOutput
 from ntklib.random import stream
-from ntklib.settings import Positive, Settings, resolve_device
+from ntklib.settings import NetworkSettings, Positive
 from ntklib.similarity import kernel_distance, kernel_drift
-from ntklib.text import unknown
+from ntklib.text import check_known, unknown
+from ntklib.training.schedules import log_steps
 from ntklib.training.state import State
 
 CIRCLE = "circle"  # task: points of the unit circle
@@ -32,7 +32,7 @@ DYNAMICS = ("descent", "flow")
 BLOWN_UP = 1e12  # a loss that is this many times the first one is not measured any more
 
 
-class LazySettings(Settings):
+class LazySettings(NetworkSettings):
     """A network in NTK parameterization with scaled, centred output, trained on the whole of a small task.
 
     Attributes:
@@ -53,8 +53,6 @@ class LazySettings(Settings):
         num_measured: Steps that are measured, about evenly spaced in the logarithm.
         dynamics: ``"descent"`` or ``"flow"``.
         double: Whether to compute in float64 rather than float32.
-        seed: Seed of initialization and data subset.
-        device: See ``resolve_device``.
     """
 
     task: str = CIRCLE
@@ -74,25 +72,14 @@ class LazySettings(Settings):
     num_measured: Positive = 12
     dynamics: str = "descent"
     double: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: str = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_device(cls, values: dict) -> dict:
-        return {**values, "device": resolve_device(values.get("device", "auto"))}
 
     @model_validator(mode="after")
     def _check_names(self) -> "LazySettings":
         if self.task != CIRCLE:
             data.check_name(self.task)
-        for kind, got, known in (
-            ("target", self.target, TARGETS),
-            ("activation", self.activation, ACTIVATIONS),
-            ("dynamics", self.dynamics, DYNAMICS),
-        ):
-            if got not in known:
-                raise ValueError(unknown(kind, got, known))
+        check_known("target", self.target, TARGETS)
+        check_known("activation", self.activation, ACTIVATIONS)
+        check_known("dynamics", self.dynamics, DYNAMICS)
         if self.target == "plane" and not (self.first != self.second and max(self.first, self.second) <= self.num_train):
             msg = f"first and second must be different indices from 1 to n = {self.num_train}. Got {self.first} and {self.second}."
             raise ValueError(msg)
@@ -163,8 +150,7 @@ class LazyProblem:
     @cached_property
     def marks(self) -> list[int]:
         """Steps to measure: 0, and about evenly spaced in the logarithm up to the last."""
-        steps = np.geomspace(1, self.settings.steps, self.settings.num_measured)
-        return [0, *np.unique(np.rint(steps).astype(int)).tolist()]
+        return log_steps(self.settings.steps, self.settings.num_measured)
 
     @property
     def step_size(self) -> float | None:

@@ -10,7 +10,7 @@ from ntklib.phases import log_slope
 
 
 def decay_rate(t: Sequence[float], component: Sequence[float]) -> float:
-    """Return the rate of an exponential decay: minus the least-squares slope of log |component| in t; nan below three points.
+    """Return the rate of an exponential decay: minus the least-squares slope of log abs(component) in t; nan below three points.
 
     Raises:
         ValueError: If lengths differ, or a component is zero or not finite.

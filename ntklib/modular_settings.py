@@ -1,13 +1,13 @@
 """Settings of runs on modular addition."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from ntklib.settings import Positive, Settings, resolve_device
+from ntklib.settings import NetworkSettings, Positive
 
 
-class ModularSettings(Settings):
+class ModularSettings(NetworkSettings):
     """One transformer trained on modular addition with full-batch AdamW, and what is measured along it.
 
     Attributes:
@@ -27,8 +27,6 @@ class ModularSettings(Settings):
         num_kernel: The first so many of these for kernel distances.
         epsilon: Standard deviation of the noise of the main paper's two estimates.
         num_samples: Draws of each.
-        seed: Seed of the split, the initial weights and the noise.
-        device: As for images.
     """
 
     p: Positive
@@ -47,8 +45,6 @@ class ModularSettings(Settings):
     num_kernel: Positive
     epsilon: Annotated[float, Field(gt=0)]
     num_samples: Positive = 4
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: str = "auto"
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
@@ -61,8 +57,3 @@ class ModularSettings(Settings):
             raise ValueError(msg)
         check_modular_task(self.p, self.train_fraction)
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_device(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**values, "device": resolve_device(values.get("device", "auto"))}

@@ -221,7 +221,7 @@ def relu_response(u: Float[Tensor, " units"], s: Float[Tensor, " units"], epsilo
         \begin{cases} 1 - a \varphi(a) - (1 - a^2)\, \Phi(-a) & u > 0 \\ (1 + a^2)\, \Phi(-a) - a \varphi(a) & u < 0 \end{cases} ,
         \qquad a = \frac{|u|}{\epsilon s} , \; g \sim \mathcal N(0, 1)
 
-    For one layer max(0, W x) with noise on W, u = W x and s = |x|. Averaged over u ~ N(0, sigma^2), and with t = epsilon s / sigma,
+    For one layer max(0, W x) with noise on W, u = W x and s is the norm of x. Averaged over u ~ N(0, sigma^2), and with t = epsilon s / sigma,
     it is s^2/2 times 1 - 2 (t - arctan t)/(pi t^2) = 1 - 2 t/(3 pi) + O(t^3): where units are that close to their kink, the bias of
     the perturbation estimate is of first order in epsilon, and negative.
 

@@ -30,7 +30,7 @@ class RiseAndPlateau:
 
     @property
     def slope_ratio(self) -> float:
-        """|slope after| / |slope before|: near 0 for a plateau."""
+        """Size of the slope after over the size of the slope before: near 0 for a plateau."""
         return abs(self.slope_after) / abs(self.slope_before) if self.slope_before else math.nan
 
 
@@ -176,7 +176,7 @@ def complementary_windows(
     """Find where the direction of a kernel is frozen while its trace moves, and where it is the other way round.
 
     A window is a run of successive times. In the first kind all pairwise distances within it are below ``max_distance``, and the
-    value is |log trace(end) - log trace(start)|. In the second kind the largest and the smallest log trace within it differ by less
+    value is the change of log trace from start to end, as a size. In the second kind the largest and the smallest log trace within it differ by less
     than ``max_log_trace``, and the value is the distance of the kernels at start and end. Of each kind the window of largest value
     is returned, the earliest one of equals.
 
@@ -255,6 +255,20 @@ def first_time(time: Sequence[float], value: Sequence[float], threshold: float) 
         raise ValueError(msg)
     reached = np.flatnonzero(v >= threshold)
     return float(t[reached[0]]) if len(reached) else math.nan
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation of the pairs of which both are finite; nan for fewer than three or without variation.
+
+    Args:
+        first: Numbers.
+        second: As many others.
+    """
+    pairs = np.array([(a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a) and math.isfinite(b)])
+    if len(pairs) < 3 or (np.ptp(pairs, axis=0) == 0).any():
+        return math.nan
+    ranks = pd.DataFrame(pairs).rank().to_numpy()
+    return float(np.corrcoef(ranks.T)[0, 1])
 
 
 def partial_rank_correlation(a: Sequence[float], b: Sequence[float], given: Sequence[float]) -> float:

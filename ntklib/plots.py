@@ -1,5 +1,6 @@
 """Figures: functions from axes and tidy frames to axes, in one style."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vPX*"
@@ -21,6 +22,7 @@ COLUMN = 7.2  # inches: width of a figure in the book
 
 def use_style() -> None:
     """Set the book's figure style for the session: colour-blind-safe colours, white face (legible on dark pages), no title."""
+    warnings.filterwarnings("ignore", message="No artists with labels found")  # a legend without curves: all runs diverged
     sns.set_theme(context="notebook", style="ticks", palette=PALETTE)
     mpl.rcParams.update({
         "figure.dpi": 110, "savefig.dpi": 160, "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
@@ -30,8 +32,12 @@ def use_style() -> None:
 
 
 def figure(rows: int = 1, columns: int = 1, height: float = 2.9, **options: Any) -> tuple[Figure, Any]:
-    """Make a figure as wide as the book's column, ``height`` inches per row."""
-    return plt.subplots(rows, columns, figsize=(COLUMN, height * rows), **options)
+    """Make a figure as wide as the book's column, ``height`` inches per row; panels that share an abscissa name it once, below."""
+    fig, axes = plt.subplots(rows, columns, figsize=(COLUMN, height * rows), **options)
+    if rows > 1 and options.get("sharex") in (True, "all", "col"):
+        for ax in np.reshape(axes, (rows, columns))[:-1].flat:
+            ax.xaxis.label.set_visible(False)
+    return fig, axes
 
 
 def seed_curves(
@@ -66,8 +72,7 @@ def seed_curves(
         mean, sem = table.mean(axis=1), table.sem(axis=1).fillna(0.0)
         ax.fill_between(table.index, mean - sem, mean + sem, color=color, alpha=0.25, linewidth=0)
         ax.plot(table.index, mean, color=color, marker=marker, label=label)
-    ax.set_xlabel(x)
-    return ax
+    return _name_time(ax, x)
 
 
 def sweep_curves(
@@ -107,7 +112,15 @@ def sweep_curves(
         color, label = colors[i % len(colors)], str(value) if labels is None else labels[i]
         ax.fill_between(table.index, mean - sem, mean + sem, color=color, alpha=0.25, linewidth=0)
         ax.plot(table.index, mean, color=color, marker=MARKERS[i % len(MARKERS)], label=label)
+    return _name_time(ax, x)
+
+
+def _name_time(ax: Axes, x: str) -> Axes:
+    """Label the abscissa; epochs are whole numbers there."""
     ax.set_xlabel(x)
+    locator = ax.xaxis.get_major_locator()
+    if x == "epoch" and isinstance(locator, MaxNLocator):
+        locator.set_params(integer=True)
     return ax
 
 

@@ -47,18 +47,14 @@ class Settings(BaseModel):
         return type(self)(**{**self.model_dump(), **changes})
 
 
-class ImageSettings(Settings):
-    """What every run on images has.
+class NetworkSettings(Settings):
+    """What every run that trains a network has.
 
     Attributes:
-        dataset: Name in ``ntklib.data``.
-        init: Initialization scheme.
-        seed: Seed of initialization, data subset and batches.
+        seed: Seed of all that is drawn: initialization, data, batches, noise.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; resolved when the settings are made.
     """
 
-    dataset: str
-    init: str = "standard"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
 
@@ -67,13 +63,24 @@ class ImageSettings(Settings):
     def _resolve_device(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "device": resolve_device(values.get("device", "auto"))}
 
+
+class ImageSettings(NetworkSettings):
+    """What every run on images has.
+
+    Attributes:
+        dataset: Name in ``ntklib.data``.
+        init: Initialization scheme.
+    """
+
+    dataset: str
+    init: str = "standard"
+
     @model_validator(mode="after")
     def _check_image_names(self) -> Self:
         from ntklib import data, models
 
         data.check_name(self.dataset)
-        if self.init not in models.SCHEMES:
-            raise ValueError(text.unknown("initialization", self.init, models.SCHEMES))
+        text.check_known("initialization", self.init, models.SCHEMES)
         return self
 
 
@@ -136,14 +143,10 @@ class SupervisedSettings(ImageSettings):
         augment_by_name(self.augment)
         if self.ema_decays:
             check_decays(self.ema_decays)
-        for kind, got, known in (
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("schedule", self.schedule, SCHEDULES),
-            ("choice of buffers", self.ema_buffers, BUFFERS),
-            ("method", self.method, ("exact", "output", "jvp", "perturbation")),
-        ):
-            if got not in known:
-                raise ValueError(text.unknown(kind, got, known))
+        text.check_known("optimizer", self.optimizer, OPTIMIZERS)
+        text.check_known("schedule", self.schedule, SCHEDULES)
+        text.check_known("choice of buffers", self.ema_buffers, BUFFERS)
+        text.check_known("method", self.method, ("exact", "output", "jvp", "perturbation"))
         if self.num_train and self.num_probe > self.num_train:
             msg = f"num_probe must be at most num_train = {self.num_train}, the training images there are. Got {self.num_probe}."
             raise ValueError(msg)
@@ -209,41 +212,55 @@ class MarginSettings(ImageSettings):
 
     @model_validator(mode="after")
     def _check_activation(self) -> Self:
-        if self.activation not in ("relu", "identity"):
-            raise ValueError(text.unknown("activation", self.activation, ("relu", "identity")))
+        text.check_known("activation", self.activation, ("relu", "identity"))
         return self
 
 
-class FactorizationSettings(Settings):
-    """Gradient descent on a deep matrix factorization, over a grid of learning rates.
+class GridSettings(Settings):
+    """Gradient descent from one start over a grid of learning rates.
+
+    Attributes:
+        init_scale: Size of the start.
+        lr_low: Smallest learning rate, in units of an edge of stability that the subclass names.
+        lr_high: Largest learning rate in the same unit.
+        num_lr: Learning rates, evenly spaced.
+        steps: Gradient steps.
+    """
+
+    init_scale: Annotated[float, Field(gt=0)]
+    lr_low: Annotated[float, Field(gt=0)]
+    lr_high: Annotated[float, Field(gt=0)]
+    num_lr: Annotated[int, Field(ge=2)]
+    steps: Positive
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Self:
+        if self.lr_low >= self.lr_high:
+            msg = f"lr_low must be below lr_high = {self.lr_high:g}. Got {self.lr_low:g}."
+            raise ValueError(msg)
+        return self
+
+
+class FactorizationSettings(GridSettings):
+    """Gradient descent on a deep matrix factorization.
+
+    Learning rates are in units of 2/S_1, the edge of the largest singular value.
 
     Attributes:
         depth: Layers L, 2 to 8.
         targets: Singular values of the target, positive.
         dim: Width of the square layers, at least 2; singular values that are not given are zero.
         init_scale: Product of the layers below the last at the start; the last layer is zero.
-        lr_low: Smallest learning rate, in units of the edge 2/S_1 of the largest singular value.
-        lr_high: Largest learning rate in the same unit.
-        num_lr: Learning rates, evenly spaced.
-        steps: Gradient steps.
         keep: Last steps that are kept.
     """
 
     depth: Annotated[int, Field(ge=2, le=8)]
     targets: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
     dim: Annotated[int, Field(ge=2)]
-    init_scale: Annotated[float, Field(gt=0)]
-    lr_low: Annotated[float, Field(gt=0)]
-    lr_high: Annotated[float, Field(gt=0)]
-    num_lr: Annotated[int, Field(ge=2)]
-    steps: Positive
     keep: Annotated[int, Field(ge=2)]
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
-        if self.lr_low >= self.lr_high:
-            msg = f"lr_low must be below lr_high = {self.lr_high:g}. Got {self.lr_low:g}."
-            raise ValueError(msg)
         if len(self.targets) > self.dim:
             msg = f"dim must be at least {len(self.targets)}, the number of singular values in targets. Got {self.dim}."
             raise ValueError(msg)
@@ -253,8 +270,10 @@ class FactorizationSettings(Settings):
         return self
 
 
-class TwoLayerSettings(Settings):
+class TwoLayerSettings(GridSettings):
     """Gradient descent of a two-layer linear network on inputs with a dominant direction, from a small random start.
+
+    Learning rates are in units of 2 over the least sharpness of all minima.
 
     Attributes:
         num_inputs: Examples n, at least 2.
@@ -263,10 +282,6 @@ class TwoLayerSettings(Settings):
         share: Cosine between the targets and the dominant direction.
         width: Hidden units.
         init_scale: Norm of the readout and of the hidden weights at the start.
-        lr_low: Smallest learning rate, in units of 2 over the least sharpness of all minima.
-        lr_high: Largest learning rate in the same unit.
-        num_lr: Learning rates, evenly spaced.
-        steps: Gradient steps.
         seed: Seed of inputs and start.
     """
 
@@ -275,20 +290,12 @@ class TwoLayerSettings(Settings):
     top: Annotated[float, Field(gt=0)]
     share: Annotated[float, Field(ge=0, le=1)]
     width: Positive
-    init_scale: Annotated[float, Field(gt=0)]
-    lr_low: Annotated[float, Field(gt=0)]
-    lr_high: Annotated[float, Field(gt=0)]
-    num_lr: Annotated[int, Field(ge=2)]
-    steps: Positive
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
         if self.dim < self.num_inputs:
             msg = f"dim must be at least num_inputs = {self.num_inputs}, so that all targets can be fitted. Got {self.dim}."
-            raise ValueError(msg)
-        if self.lr_low >= self.lr_high:
-            msg = f"lr_low must be below lr_high = {self.lr_high:g}. Got {self.lr_low:g}."
             raise ValueError(msg)
         return self
 

@@ -16,7 +16,7 @@ def kernel_distance(k1: Tensor, k2: Tensor) -> float:
 
     (Fort et al. 2020, arXiv:2010.15110v1, section 3; the main paper's section 4.) Uncentred; in [0, 1] for positive semidefinite
     kernels; 0 exactly when one is a positive multiple of the other, so S does not see the scale. Computed in float64 as
-    ||K_1/|K_1| - K_2/|K_2|||^2 / 2, which keeps small distances exact where 1 - cosine would round to 0. No function of this module
+    :math:`\tfrac12 \lVert K_1/\lVert K_1 \rVert_F - K_2/\lVert K_2 \rVert_F \rVert_F^2`, which keeps small distances exact where 1 - cosine would round to 0. No function of this module
     copies a kernel: entries are converted to float64 a few at a time.
 
     Args:

@@ -102,12 +102,14 @@ def distinct(*sweeps: Mapping[Any, Sequence[AnySettings]]) -> list[AnySettings]:
 def gather(one: Mapping[Any, Sequence[AnySettings]], results: "Mapping[AnySettings, RunResult]", *columns: str) -> "pd.DataFrame":
     """Stack the histories of one sweep, with its value as column ``variant``, the named settings, seed and status.
 
-    A run that several sweeps, or values of one, share has rows under each.
+    A run that several sweeps, or values of one, share has rows under each. A sweep over no value has no row.
     """
     import pandas as pd
 
-    from ntklib.runs import combine
+    from ntklib.runs import COLUMNS, combine
 
+    if not one:
+        return pd.DataFrame(columns=[*COLUMNS, "seed", *columns, "status", "variant"]).astype(COLUMNS)
     frames = [combine([results[s] for s in settings], "seed", *columns).assign(variant=value) for value, settings in one.items()]
     return pd.concat(frames, ignore_index=True)
 

@@ -1,7 +1,7 @@
 """Words for messages: what was required, what was got, what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def unknown(kind: str, got: object, known: Iterable[str]) -> str:
@@ -10,3 +10,9 @@ def unknown(kind: str, got: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {kind} {got!r}.{hint} Known: {', '.join(names)}."
+
+
+def check_known(kind: str, got: object, known: Collection[str]) -> None:
+    """Raise ``ValueError``, with the message of ``unknown``, unless a name is one of ``known``."""
+    if got not in known:
+        raise ValueError(unknown(kind, got, known))

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 from ntklib import kernel_target_alignment
 from ntklib.alignment import (
@@ -15,7 +14,6 @@ from ntklib.alignment import (
     at_loss,
     block_bootstrap,
     network_modes,
-    rank_correlation,
     target_modes,
 )
 from ntklib.edge import (
@@ -118,14 +116,6 @@ def test_values_at_a_loss_are_interpolated_in_its_logarithm():
     assert at_loss([0.05, 0.01], [5.0, 7.0], 0.1) == 5
     assert math.isnan(at_loss([1.0, 0.2], [5.0, 7.0], 0.1))
     assert math.isnan(at_loss([1.0, 0.05], [math.nan, 7.0], 0.1))
-
-
-def test_rank_correlation_is_spearmans_without_what_is_not_finite():
-    a, b = np.random.default_rng(0).integers(0, 8, (2, 30)).astype(float)
-    assert rank_correlation(a.tolist(), b.tolist()) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
-    assert rank_correlation([1.0, 2.0, math.nan, 3.0], [1.0, 2.0, 0.0, 3.0]) == pytest.approx(1)
-    assert math.isnan(rank_correlation([1.0, 2.0], [1.0, 2.0]))
-    assert math.isnan(rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))
 
 
 def test_the_bootstrap_covers_the_mean_and_widens_with_dependence():

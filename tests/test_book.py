@@ -1,18 +1,17 @@
 """The built book is whole: pages, links, figures with their words, the ledger and the index."""
 
 import json
-import math
 import re
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
+import links
 import nbformat
-import pandas as pd
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from links import parsed, target
 
 from ntklib import book, chapters, claims
 
@@ -33,11 +32,6 @@ VERDICTS = {
 }
 
 
-@cache
-def parsed(path):
-    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-
-
 def page(built_book, name):
     return parsed(built_book / f"{name}.html")
 
@@ -47,20 +41,13 @@ def article(built_book, name):
 
 
 def html_pages(built_book):
-    found = [p for p in built_book.rglob("*.html") if "_static" not in p.parts]
+    found = links.pages(built_book)
     assert len(found) > len(PAGES)  # and the search page
     return found
 
 
 def words(element):
     return " ".join(element.get_text(" ").split())
-
-
-def target(page_path, address):
-    """The file a local address on a page leads to, and its anchor."""
-    parts = urlsplit(address)
-    path = (page_path.parent / unquote(parts.path)).resolve() if parts.path else page_path
-    return (path / "index.html" if path.is_dir() else path), unquote(parts.fragment)
 
 
 def figure_cells(chapter):
@@ -97,19 +84,8 @@ def test_the_sidebar_leads_to_every_page(built_book):
     assert {f"{name}.html" for name in PAGES if name != CONTENTS["root"]} <= {a["href"] for a in links}
 
 
-def test_every_local_link_and_anchor_exists(built_book):
-    broken = []
-    for path in html_pages(built_book):
-        for element in parsed(path).find_all(href=True) + parsed(path).find_all(src=True):
-            address = element.get("href") or element.get("src")
-            if urlsplit(address).scheme or address.startswith("//"):
-                continue
-            file, anchor = target(path, address)
-            if not file.is_file() or not file.is_relative_to(built_book.resolve()):
-                broken.append(f"{path.name}: {address} has no file")
-            elif anchor and file.suffix == ".html" and not parsed(file).find(attrs={"id": anchor}):
-                broken.append(f"{path.name}: {address} has no anchor")
-    assert not broken
+def test_every_link_leads_somewhere_and_every_name_is_given_once(built_book):
+    assert not links.problems(built_book)
 
 
 def test_no_page_loads_anything_from_outside(built_book):
@@ -197,128 +173,3 @@ def test_the_download_button_gives_the_executed_notebook(built_book):
         link = page(built_book, f"executed/{chapter}").select_one("a.btn-download-source-button")
         file, _ = target(built_book / "executed" / f"{chapter}.html", link["href"])
         assert nbformat.read(Path(file), 4).metadata["ntklib"]["chapter"] == chapter
-
-
-def record_of(built_book, chapter):
-    """What a chapter measured at smoke, and a reader of values in its stored histories by key."""
-    runs = built_book.parent.parent / "runs"
-    record = json.loads((runs / "results" / "smoke" / f"{chapter}.json").read_text())
-    store = runs / "store" / chapter
-
-    def values(key, quantity, **where):
-        rows = pd.read_parquet(next((store / key).glob("history-*.parquet")))
-        for column, wanted in {"quantity": quantity, **where}.items():
-            rows = rows[rows[column] == wanted]
-        return rows["value"].to_numpy()
-
-    return record, values
-
-
-def test_identities_hold_in_the_chapters_at_any_preset(built_book):
-    """They are computed on small nets that no preset changes, so a wrong formula in a chapter shows here."""
-    record, _ = record_of(built_book, "trace_estimators")
-    listed = claims.load_claims()
-    identities = [i for i in record["claims"] if listed[i].kind == "identity"]
-    assert {"A1", "A1v"} <= set(identities)
-    for i in identities:
-        measured = [claims.Measured(**m) for m in record["claims"][i]["measured"]]
-        judgement = claims.Judgement(listed[i], measured, 1, "smoke")
-        assert judgement.parts == [claims.HOLDS] * len(measured), (i, measured)
-
-
-def test_the_trap_of_running_statistics_follows_from_the_stored_histories(built_book):
-    record, values = record_of(built_book, "trace_evolution")
-    keys = record["claims"]["N1"]["runs"]
-    logs = [math.log10(values(k, "trace_running", epoch=1.0)[0] / values(k, "trace", epoch=1.0)[0]) for k in keys]
-    assert record["claims"]["N1"]["measured"][0]["value"] == pytest.approx(sum(logs) / len(logs), rel=1e-12)
-
-
-def test_the_error_of_the_estimator_follows_from_the_stored_histories(built_book):
-    record, values = record_of(built_book, "trace_estimators")
-    keys = record["claims"]["A1e"]["runs"]
-    ratios = {mode: [values(k, "ratio", layer="0.01", split=mode)[0] for k in keys] for mode in ("eval", "train")}
-    found = {i: [m["value"] for m in record["claims"][i]["measured"]] for i in ("A1e", "N11")}
-    assert found["A1e"] == pytest.approx([sum(ratios["eval"]) / len(keys)], rel=1e-12)
-    logs = [sum(map(math.log10, ratios[mode])) / len(keys) for mode in ("eval", "train")]
-    assert found["N11"] == pytest.approx(logs, rel=1e-12)
-
-
-def test_the_worst_accepted_estimate_is_among_the_stored_ones_that_pass_the_rule(built_book):
-    record, values = record_of(built_book, "trace_estimators")
-    errors = []
-    for key in record["claims"]["N12"]["runs"]:
-        for epoch in (0.0, 1.0):
-            noise = sum(1 / rms for rms in values(key, "rms", epoch=epoch))
-            for epsilon in ("0.1", "0.03", "0.01"):
-                rows = [values(key, "ratio", epoch=epoch, layer=epsilon, split=mode) for mode in ("eval", "train")]
-                errors += [abs(v - 1) for row in rows for v in row if float(epsilon) * noise <= 0.25]
-    found = record["claims"]["N12"]["measured"][1]["value"]
-    assert found == pytest.approx(max(errors), rel=1e-12) if errors else math.isnan(found)
-
-
-def settings_of(built_book, chapter, key):
-    return json.loads((built_book.parent.parent / "runs" / "store" / chapter / key / "run.json").read_text())["settings"]
-
-
-def means_of(record, claim):
-    return [m["value"] for m in record["claims"][claim]["measured"]]
-
-
-def average(numbers):
-    numbers = list(numbers)
-    return sum(numbers) / len(numbers)
-
-
-def ranks(numbers):
-    """Ranks from 1, equal numbers sharing the mean of theirs."""
-    return [sum(b < a for b in numbers) + (sum(b == a for b in numbers) + 1) / 2 for a in numbers]
-
-
-def rank_correlation(a, b):
-    da, db = ([r - (len(x) + 1) / 2 for r in ranks(x)] for x in (a, b))
-    norm = math.sqrt(sum(v * v for v in da) * sum(v * v for v in db))
-    return sum(x * y for x, y in zip(da, db, strict=True)) / norm if norm else math.nan
-
-
-def test_rise_and_changes_of_the_trace_follow_from_the_stored_histories(built_book):
-    record, values = record_of(built_book, "trace_evolution")
-
-    def star(key):
-        accuracy = values(key, "accuracy", split="train")
-        return next(i for i, a in enumerate(accuracy) if a >= accuracy.max() - 0.005)
-
-    traces = {key: values(key, "trace", split="train") for i in ("A2", "N2", "N3") for key in record["claims"][i]["runs"]}
-    up = [traces[k][: star(k) + 1] for k in record["claims"]["A2"]["runs"]]
-    assert means_of(record, "A2")[0] == pytest.approx(average(rank_correlation(v, range(len(v))) for v in up), nan_ok=True)
-    to_star = [math.log(traces[k][star(k)] / traces[k][0]) for k in record["claims"]["N3"]["runs"]]
-    assert means_of(record, "N3") == pytest.approx([average(to_star)], rel=1e-12)
-    corner = {"constant": [], "cosine": []}
-    for key in record["claims"]["N2"]["runs"]:
-        s, trace = settings_of(built_book, "trace_evolution", key), traces[key]
-        if (s["schedule"] == "cosine") == (s["weight_decay"] > 0):  # cosine with decay, constant without
-            corner[s["schedule"]].append(math.log(trace[-1] / trace[2 * len(trace) // 3]))
-    assert means_of(record, "N2") == pytest.approx([average(corner["constant"]), average(corner["cosine"])], rel=1e-9)
-
-
-def test_falls_and_likeness_of_the_sweeps_follow_from_the_stored_histories(built_book):
-    record, values = record_of(built_book, "trace_sweeps")
-    where = {}
-    for key in record["claims"]["A14"]["runs"]:
-        s = settings_of(built_book, "trace_sweeps", key)
-        where[s["lr"], s["momentum"], s["seed"]] = key
-    seeds = range(record["claims"]["A14"]["seeds"])
-
-    def fall(key):
-        """Smallest trace of the first fifth of the epochs, at least one, over the initial one; smoke has three."""
-        return values(key, "trace", split="train", epoch=1.0)[0] / values(key, "trace", split="train", epoch=0.0)[0]
-
-    falls = [average(fall(where[lr, mu, seed]) for seed in seeds) for lr, mu in ((0.001, 0.9), (0.1, 0.1), (0.1, 0.9))]
-    best = [average(max(values(where[lr, 0.9, s], "accuracy", split="test")) for s in seeds) for lr in (0.001, 0.1)]
-    assert means_of(record, "A14") == pytest.approx([*falls, best[0] - best[1]], rel=1e-12, abs=1e-12)
-    curves = {"depth": {}, "init": {}}
-    for key in record["claims"]["A15"]["runs"]:
-        s = settings_of(built_book, "trace_sweeps", key)
-        group = "depth" if s["model"].startswith("resnet") else "init"
-        curves[group].setdefault(s["seed"], []).append(values(key, "trace", split="train"))
-    expected = [average(rank_correlation(*pair) for pair in curves[group].values()) for group in ("depth", "init")]
-    assert means_of(record, "A15") == pytest.approx(expected, rel=1e-12, abs=1e-12, nan_ok=True)

@@ -4,23 +4,30 @@ import gzip
 import hashlib
 import math
 import pickle
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from ntklib.data import NAMES, DatasetNotFoundError, balanced_indices, check_name, data_root, load, locate, look, probe_set
+from ntklib.data import NAMES, DatasetNotFoundError, balanced_indices, check_name, data_root, folders, load, locate, look, probe_set
 from ntklib.data.augment import augment_by_name
 from ntklib.random import stream
 
 SIZES = {"digits": (1397, 400, 8), "mnist5k": (4000, 1000, 28)}
 FOLDERS = {
-    "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "fashion_mnist": "FashionMNIST/raw", "mnist": "MNIST/raw",
-}  # fmt: skip
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "fashion_mnist": "FashionMNIST/raw",
+    "mnist": "MNIST/raw",
+}
+PLACES = FOLDERS | {"imagenet": "imagenet"}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -297,13 +304,103 @@ def test_the_folder_of_datasets_follows_the_environment(root, monkeypatch):
     assert data_root().parts[-2:] == ("ntklib", "data")
 
 
+def write_imagenet(root: Path, train=(3, 4, 2), val=(1, 2, 1)) -> dict[Path, np.ndarray]:
+    """Write PNG files (no loss) of odd sizes into a folder per class; return their pixels by path."""
+    written, draw = {}, np.random.default_rng(0)
+    for part, counts in (("train", train), ("val", val)):
+        for name, count in zip(("n03", "n01", "n02"), counts, strict=True):
+            folder = root / "imagenet" / part / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                shape = [(256, 256), (300, 256), (256, 341)][k % 3]  # a shorter side of 256: scaling changes nothing
+                pixels = draw.integers(0, 256, (*shape, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+                written[folder / f"{k}.png"] = pixels
+    return written
+
+
+def middle(pixels: np.ndarray) -> np.ndarray:
+    top, left = (round((side - 224) / 2) for side in pixels.shape[:2])
+    return pixels[top : top + 224, left : left + 224]
+
+
+def test_folders_of_images_are_read_with_the_classes_in_alphabetic_order(root):
+    written = write_imagenet(root)
+    data = load("imagenet")
+    assert data.y_train.tolist() == [0] * 4 + [1] * 2 + [2] * 3
+    assert data.y_test.tolist() == [0] * 2 + [1] + [2]
+    assert (data.num_classes, data.input_shape) == (3, (3, 224, 224))
+    crops = [np.stack([middle(written[p]) for p in sorted(written) if part in p.parts]) for part in ("train", "val")]
+    mean, std = ([float(f(crops[0][..., k].astype(np.float64))) for k in range(3)] for f in (np.mean, np.std))
+    assert_holds(data.x_train, crops[0].transpose(0, 3, 1, 2), mean, std)
+    assert_holds(data.x_test, crops[1].transpose(0, 3, 1, 2), mean, std)
+
+
+def test_a_subset_decodes_its_own_images_only_and_knows_all_classes(root, monkeypatch):
+    write_imagenet(root)
+    decoded = []
+    original = folders._decode
+    monkeypatch.setattr(folders, "_decode", lambda path: decoded.append(path) or original(path))
+    data = load("imagenet", num_train=2, num_test=1)
+    assert (len(decoded), len(data.x_train), len(data.x_test), data.num_classes) == (3, 2, 1, 3)
+
+
+def test_the_shorter_side_is_scaled_and_the_middle_kept(root):
+    folder = root / "one"
+    folder.mkdir()
+    ramp = np.tile(np.arange(1024) // 4, (512, 1)).astype(np.uint8)  # grey, twice as wide as high
+    Image.fromarray(ramp).save(folder / "ramp.jpg", quality=100)
+    (image,) = folders.ImageFiles((folder / "ramp.jpg",))[:]
+    assert image.shape == (224, 224, 3)
+    columns = image.astype(float).mean((0, 2))
+    expected = (np.arange(224) + 144.5) * 2 / 4 - 0.25  # pixel centres after halving to 256 x 512, in grey levels
+    assert abs(columns - expected).max() < 1.5  # JPEG and whole grey levels
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "val"), "val must hold one folder of images per class. Got none"),
+        (lambda folder: shutil.rmtree(folder / "val" / "n02"), "must have the classes of .*Only one of them has n02"),
+        (lambda folder: [p.unlink() for p in (folder / "train" / "n01").iterdir()], "n01 must hold images .* Got none"),
+        (lambda folder: (folder / "train" / "n01" / "1.png").write_bytes(b""), "Got the empty file 1.png"),
+    ],
+)
+def test_a_part_of_imagenet_that_is_missing_is_named(damage, message, root):
+    write_imagenet(root)
+    assert look("imagenet").state == "whole"
+    assert look("imagenet").images == (9, 4)
+    damage(root / "imagenet")
+    with pytest.raises(
+        DatasetNotFoundError, match=rf"(?s)'imagenet' was not found whole: .*{message}.*train/CLASS.*digits, mnist5k"
+    ):
+        load("imagenet")
+    assert look("imagenet").state == "damaged"
+
+
+def test_a_file_that_is_no_image_is_named(root):
+    write_imagenet(root)
+    path = root / "imagenet" / "train" / "n01" / "2.png"
+    path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"{path} is not an image that can be read"):
+        load("imagenet")
+
+
+def test_more_images_than_memory_are_refused_before_any_is_decoded(root, monkeypatch):
+    write_imagenet(root)
+    monkeypatch.setattr(folders, "_decode", None)
+    monkeypatch.setattr(folders.psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * folders.FLOAT_BYTES))
+    with pytest.raises(MemoryError, match=r"9 images of 224 x 224 .* Take a subset: num_train and num_test together at most 2\."):
+        load("imagenet")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_datasets_that_need_files_have_a_place_for_them(name, root):
     assert (
         locate(name)
         == {
             **{carried: [] for carried in SIZES},
-            **{k: [root / folder] for k, folder in FOLDERS.items()},
+            **{k: [root / folder] for k, folder in PLACES.items()},
             "fashion_mnist": [root / FOLDERS["fashion_mnist"], root / "debian"],
         }[name]
     )

@@ -260,3 +260,14 @@ def test_descent_that_ends_at_a_loss_yields_the_steps_around_it(measured):
     assert [f[3] for f in found[:-1]] == [60] * (len(found) - 1)
     assert found[-1][3] == 41
     torch.testing.assert_close(weights(net), whole[41][1], rtol=0, atol=0)
+
+
+def test_descent_that_is_left_at_the_step_before_its_last_leaves_the_last_weights_in_the_network():
+    net, x, y = problem()
+    losses = [s.loss for s in gradient_descent(copy.deepcopy(net), x, y, lr=0.3, steps=9)]
+    level, other = 0.5 * (losses[5] + losses[6]), copy.deepcopy(net)
+    whole = [weights(s.model) for s in gradient_descent(other, x, y, lr=0.3, steps=9, stop_at=level, measure_at=[])]
+    states = gradient_descent(net, x, y, lr=0.3, steps=9, stop_at=level, measure_at=[])
+    assert torch.equal(weights(next(states).model), whole[0])
+    states.close()  # as after an error in what measures the state
+    assert torch.equal(weights(net), whole[1])

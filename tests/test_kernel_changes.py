@@ -1,12 +1,12 @@
 """Kernels compared along a run: identities, windows, and a memory that outlives a kill."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from crashes import crash_at
 
 from ntklib import Run, data, distances_to_earlier, kernel_change, kernel_distance, models, sgd, steps_per_epoch
 from ntklib.phases import complementary_windows, pairwise_distances
@@ -51,10 +51,6 @@ def test_each_kernel_is_compared_with_all_earlier_ones_of_its_name():
         distances_to_earlier(memory, "a.b", 0, kernels[0])
 
 
-class CrashError(Exception):
-    """Stands for a crash between two writes."""
-
-
 def compute(root, steps):
     model = models.build("mlp", input_shape=(1, 8, 8), num_classes=10, width=6, seed=0)
     settings = {"lr": 0.1, "batch_size": 16, "epochs": 3, "seed": 0}
@@ -69,25 +65,16 @@ def compute(root, steps):
     return run.result
 
 
-@pytest.mark.parametrize("crash_at", range(0, 12, 2))
-def test_pairwise_distances_of_an_interrupted_run_are_those_of_an_uninterrupted_one(tmp_path, monkeypatch, crash_at):
+@pytest.mark.parametrize("write", range(0, 12, 2))
+def test_pairwise_distances_of_an_interrupted_run_are_those_of_an_uninterrupted_one(tmp_path, write):
     whole = compute(tmp_path / "whole", [])
     assert len(whole.history) == 6  # pairs of four states
     assert not [name for name in load_tensors_of(whole, tmp_path / "whole") if name.startswith("memory")]
-    real, count = Path.replace, iter(range(10**6))
-
-    def replace(self, target):
-        if next(count) == crash_at:
-            raise CrashError
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "replace", replace)
-    with pytest.raises(CrashError):
+    with crash_at(write):
         compute(tmp_path / "crashed", [])
-    monkeypatch.setattr(Path, "replace", real)
     steps = []
     resumed = compute(tmp_path / "crashed", steps)
-    assert steps == [s for s in (0, 3, 6, 9) if s >= 3 * (crash_at // 3)]
+    assert steps == [s for s in (0, 3, 6, 9) if s >= 3 * (write // 3)]
     pd.testing.assert_frame_equal(whole.history, resumed.history, check_exact=True)
 
 

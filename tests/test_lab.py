@@ -1,12 +1,16 @@
-"""A reader opens a chapter in JupyterLab, changes a parameter and runs all cells."""
+"""A reader finds a chapter in JupyterLab, changes a parameter and runs all cells; known runs return, and sliders move pictures."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import nbformat
@@ -17,7 +21,7 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from ntklib import chapters
+from ntklib import book, chapters, playground, start_page
 
 pytestmark = pytest.mark.slow
 
@@ -31,14 +35,14 @@ SETTINGS = {  # Lab's own names
 }
 
 
-def smoke_copy(folder):
+def smoke_copy(folder, chapter):
     """The chapter's notebook with the smoke preset's values as defaults."""
-    notebook = nbformat.read(chapters.notebook_path(CHAPTER), 4)
+    notebook = nbformat.read(chapters.notebook_path(chapter), 4)
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    for name, value in chapters.preset_parameters(CHAPTER, "smoke").items():
+    for name, value in chapters.preset_parameters(chapter, "smoke").items():
         cell.source, count = re.subn(rf"^({name}: \w+ = )[^ ]+", rf"\g<1>{value!r}", cell.source, flags=re.MULTILINE)
         assert count == 1
-    nbformat.write(notebook, folder / f"{CHAPTER}.ipynb")
+    nbformat.write(notebook, folder / f"{chapter}.ipynb")
 
 
 @contextlib.contextmanager
@@ -128,35 +132,162 @@ def run_all_cells(driver):
     find(driver, entry)[0].click()
 
 
-def all_cells_ran(driver):
-    """Whether every code cell has its number; an error in any of them ends the wait."""
+def numbers(driver):
+    """Execution numbers of the code cells, None where a cell has not run or is at work; an error in any of them ends the test."""
     errors = find(driver, "[data-mime-type='application/vnd.jupyter.error']")
     assert not errors, errors[0].text
     prompts = driver.execute_script("return [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent)")
-    return prompts and all(re.fullmatch(r"\[\d+\]:", p) for p in prompts)
+    found = [re.fullmatch(r"\[(\d+)\]:", p) for p in prompts]
+    return [int(f[1]) if f else None for f in found]
 
 
-def test_a_reader_changes_a_parameter_in_jupyterlab_and_runs_all_cells(tmp_path):
+def all_cells_ran(driver):
+    """Whether every code cell has its number."""
+    found = numbers(driver)
+    return found and all(found)
+
+
+def figures(driver):
+    """The pictures on the page, by their content, once all of them are drawn."""
+    images = driver.execute_script(
+        "return [...document.querySelectorAll('.jp-RenderedImage img')].map(i => [i.src, i.naturalWidth])"
+    )
+    assert min(width for _, width in images) > 300
+    return [hashlib.sha256(source.encode()).hexdigest() for source, _ in images]
+
+
+def figures_of_a_run(driver):
+    """Run all cells and wait for the last of them; the figures and the seconds it took."""
+    before, start = max((n for n in numbers(driver) if n), default=0), time.monotonic()
+    run_all_cells(driver)
+    wait_for(driver, lambda: all(n and n > before for n in numbers(driver)), "not all cells ran", RUN_ALL)
+    return figures(driver), time.monotonic() - start
+
+
+def files_of(folder):
+    """What would change if a run were computed again: names, sizes and times of the stored files."""
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_a_reader_changes_a_parameter_in_jupyterlab_and_what_is_known_is_not_computed_again(tmp_path):
     (tmp_path / "work").mkdir()
-    smoke_copy(tmp_path / "work")
+    smoke_copy(tmp_path / "work", CHAPTER)
+    smoke, store = chapters.preset_parameters(CHAPTER, "smoke"), tmp_path / "runs" / "store" / CHAPTER
     with chromium(tmp_path / "profile") as driver, lab(tmp_path) as (address, server):
         wait_for(driver, lambda: asked(f"{address}/api/status", server), "JupyterLab does not answer")
         resize(driver, WIDE)
         driver.get(f"{address}/lab/tree/{CHAPTER}.ipynb")
         wait_for(driver, lambda: kernel_is_ready(address, server), "no kernel started", 2 * WAIT)
 
+        first, fresh = figures_of_a_run(driver)
+        assert len(first) == 2
+        kept = files_of(store)
         set_width(driver, WIDTH)
-        run_all_cells(driver)
-        wait_for(driver, lambda: all_cells_ran(driver), "not all cells ran", RUN_ALL)
+        second, _ = figures_of_a_run(driver)
+        assert not set(first) & set(second), "a figure does not follow the parameter"
+        both = files_of(store)
+        assert both.items() > kept.items()
 
-        images = driver.execute_script("return [...document.querySelectorAll('.jp-RenderedImage img')].map(i => i.naturalWidth)")
-        assert len(images) >= 2
-        assert min(images) > 300
+        again, cached = figures_of_a_run(driver)
+        assert again == second
+        set_width(driver, smoke["width"])
+        back, _ = figures_of_a_run(driver)
+        assert back == first
+        assert files_of(store) == both, "a known run was computed again"
+        print(f"all cells: {fresh:.1f} s with imports and runs, {cached:.1f} s with runs from the store")
+
         assert not find(driver, ".jp-Dialog")
         screenshot(driver, "lab", WIDE)
         assert not outside_requests(driver)
 
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in (tmp_path / "runs" / "store" / CHAPTER).glob("*/run.json")]
-    assert len(found) == chapters.preset_parameters(CHAPTER, "smoke")["num_seeds"]
-    assert {r["settings"]["width"] for r in found} == {WIDTH}
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in store.glob("*/run.json")]
+    assert len(found) == 2 * smoke["num_seeds"]
+    assert {r["settings"]["width"] for r in found} == {WIDTH, smoke["width"]}
     assert {r["status"] for r in found} == {"complete"}
+
+
+def address_of_make_lab():
+    """The path on which `make lab` opens."""
+    printed = subprocess.run(["make", "-n", "lab"], cwd=chapters.project_root(), capture_output=True, text=True, check=True).stdout
+    words = shlex.split(next(line for line in printed.splitlines() if "jupyterlab" in line))
+    return next(w for w in words if w.startswith("--LabApp.default_url=")).partition("=")[2]
+
+
+def test_lab_opens_on_a_page_that_leads_to_every_chapter(tmp_path):
+    folder = tmp_path / "work" / "notebooks"
+    shutil.copytree(chapters.notebooks_folder(), folder, ignore=shutil.ignore_patterns(".*"))
+    (folder / start_page.PATH).write_text(start_page.page(), encoding="utf-8")
+    with chromium(tmp_path / "profile") as driver, lab(tmp_path) as (address, server):
+        wait_for(driver, lambda: asked(f"{address}/api/status", server), "JupyterLab does not answer")
+        resize(driver, WIDE)
+        driver.get(address + address_of_make_lab())
+        wait_for(driver, lambda: find(driver, ".jp-MarkdownViewer h1"), "the start page is not shown", 2 * WAIT)
+        assert find(driver, ".jp-MarkdownViewer h1")[0].text.startswith("Start here")
+        links = {e.text: e for e in find(driver, ".jp-MarkdownViewer li a") if e.text}
+        titles = {title_of(chapter) for chapter in book.contents()}
+        assert titles <= links.keys()
+        screenshot(driver, "lab-start", WIDE)
+
+        links[title_of("playground")].click()
+        wait_for(driver, lambda: find(driver, ".jp-NotebookPanel h1"), "the chapter did not open")
+        assert find(driver, ".jp-NotebookPanel h1")[0].text.startswith(title_of("playground"))
+        wait_for(driver, lambda: kernel_is_ready(address, server), "no kernel started", 2 * WAIT)
+        assert not outside_requests(driver)
+
+
+def title_of(chapter):
+    cells = nbformat.read(chapters.notebook_path(chapter), 4).cells
+    return cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+def shown(driver):
+    """Source and alternative text of every picture of the playground."""
+    script = (
+        "return [...document.querySelectorAll('.ntklib-playground img')].map(i => [i.src, i.alt, i.complete && i.naturalWidth])"
+    )
+    return driver.execute_script(script)
+
+
+def sliders(driver, instrument):
+    return find(driver, ".ntklib-playground")[instrument].find_elements(By.CSS_SELECTOR, "[role=slider]")
+
+
+def test_the_keyboard_moves_the_sliders_of_the_playground(tmp_path):
+    (tmp_path / "work").mkdir()
+    smoke_copy(tmp_path / "work", "playground")
+    with chromium(tmp_path / "profile") as driver, lab(tmp_path) as (address, server):
+        wait_for(driver, lambda: asked(f"{address}/api/status", server), "JupyterLab does not answer")
+        resize(driver, WIDE)
+        driver.get(f"{address}/lab/tree/playground.ipynb")
+        wait_for(driver, lambda: kernel_is_ready(address, server), "no kernel started", 2 * WAIT)
+        run_all_cells(driver)
+        wait_for(driver, lambda: all_cells_ran(driver), "not all cells ran", RUN_ALL)
+        wait_for(
+            driver, lambda: len(shown(driver)) == 4 and all(width for *_, width in shown(driver)), "not all pictures are there"
+        )
+
+        labels = [c.label for i in playground.INSTRUMENTS.values() for c in i.controls if not isinstance(c.values[0], str)]
+        named = lambda: [h.get_attribute("aria-label") for k in range(4) for h in sliders(driver, k)]  # noqa: E731
+        wait_for(driver, lambda: named() == labels, f"sliders are named {named()}")
+        screenshot(driver, "lab-playground", WIDE)
+
+        first = shown(driver)
+        for k in range(4):
+            handle, before = sliders(driver, k)[0], shown(driver)[k]
+            driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", handle)
+            began = time.monotonic()
+            ActionChains(driver).send_keys(Keys.ARROW_RIGHT).perform()
+            wait_for(driver, lambda k=k, before=before: shown(driver)[k][:2] != before[:2], "the picture did not change")
+            print(f"instrument {k}: {time.monotonic() - began:.2f} s from the key to the picture")
+            after = shown(driver)[k]
+            assert after[0] != before[0]
+            assert after[1] != before[1]
+            assert [s for j, s in enumerate(shown(driver)) if j != k] == [s for j, s in enumerate(first) if j != k] or k
+        reset = find(driver, ".ntklib-playground button")[3]
+        reset.click()
+        wait_for(driver, lambda: shown(driver)[3][:2] == first[3][:2], "the first picture did not come back")
+        assert not find(
+            driver,
+            ".jp-Dialog, [data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']",
+        )
+        assert not outside_requests(driver)

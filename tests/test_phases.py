@@ -4,8 +4,15 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
-from ntklib.phases import first_time, partial_rank_correlation, rise_and_plateau, smallest_rank_correlation
+from ntklib.phases import (
+    first_time,
+    partial_rank_correlation,
+    rank_correlation,
+    rise_and_plateau,
+    smallest_rank_correlation,
+)
 
 
 def test_an_exponential_rise_to_a_plateau_is_measured_exactly():
@@ -81,3 +88,11 @@ def test_the_partial_rank_correlation_is_that_of_residuals_of_ranks():
     assert math.isnan(partial_rank_correlation(a, b, a))
     with pytest.raises(ValueError, match=r"Three finite sequences of one length.*Got lengths \[40, 40, 2\]"):
         partial_rank_correlation(a, b, [1, 2])
+
+
+def test_rank_correlation_is_spearmans_without_what_is_not_finite():
+    a, b = np.random.default_rng(0).integers(0, 8, (2, 30)).astype(float)
+    assert rank_correlation(a.tolist(), b.tolist()) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+    assert rank_correlation([1.0, 2.0, math.nan, 3.0], [1.0, 2.0, 0.0, 3.0]) == pytest.approx(1)
+    assert math.isnan(rank_correlation([1.0, 2.0], [1.0, 2.0]))
+    assert math.isnan(rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))

@@ -107,3 +107,38 @@ def test_sweep_curves_keep_the_split_that_is_asked_for(ax, history):
     plots.sweep_curves(ax, history.assign(kind="k"), "trace", "kind", ["k"], split="test", ordered=False)
     (line,) = ax.get_lines()
     np.testing.assert_allclose(line.get_ydata(), [0.0, 3.0, 6.0])
+
+
+def test_epochs_have_whole_ticks_and_steps_what_fits(history):
+    for x, whole in (("epoch", True), ("step", False)):
+        fig, ax = plots.figure()
+        plots.seed_curves(ax, history.assign(step=history["epoch"]), {"trace": "the trace"}, x=x)
+        ax.set_xlim(0, 1.9)
+        assert all(t == round(t) for t in ax.get_xticks()) == whole
+        plots.plt.close(fig)
+    fig, ax = plots.figure()
+    ax.set_xscale("log")
+    plots.sweep_curves(ax, history.assign(kind="k", epoch=history["epoch"] + 1), "trace", "kind", ["k"])
+    fig.canvas.draw()  # a logarithmic axis has ticks of its own
+    plots.plt.close(fig)
+
+
+def test_panels_with_one_abscissa_name_it_below_only():
+    for rows, columns, shared, shown in (
+        (2, 2, True, [0, 0, 1, 1]),
+        (2, 1, "col", [0, 1]),
+        (2, 2, False, [1] * 4),
+        (1, 2, True, [1, 1]),
+    ):
+        fig, axes = plots.figure(rows, columns, sharex=shared)
+        for ax in np.reshape(axes, -1):
+            ax.set(xlabel="step")
+        assert [ax.xaxis.label.get_visible() for ax in np.reshape(axes, -1)] == [bool(s) for s in shown]
+        plots.plt.close(fig)
+
+
+def test_a_legend_without_curves_is_no_warning():
+    plots.use_style()
+    fig, ax = plots.figure()
+    ax.legend()
+    plots.plt.close(fig)

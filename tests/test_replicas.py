@@ -1,15 +1,17 @@
 """Networks trained in one stack: each as if it were alone, whatever happens to the others."""
 
+import pandas as pd
 import pytest
 import torch
+from crashes import crash_at
 from torch import nn
 
-from ntklib import data
+from ntklib import Run, data
 from ntklib.estimators import ntk_trace
 from ntklib.models.initialization import initialize
 from ntklib.models.mlp import MLP
 from ntklib.random import stream
-from ntklib.training import gradient_descent, loop_by_optimizer, replicated_gradient_descent, replicated_minibatches
+from ntklib.training import gradient_descent, loop_by_optimizer, parameter_norm, replicated_gradient_descent, replicated_minibatches
 from ntklib.training.replicas import StackedMLP
 
 SEEDS = (0, 1, 2)
@@ -84,7 +86,8 @@ def test_a_replica_that_diverges_is_marked_stays_and_harms_no_other():
     *_, broken = gradient_descent(network(1), x, y, lr=lrs[1], steps=12)
     assert broken.diverged
     assert [s.step for s in states] == [broken.step, 6, 12]
-    assert all(s.diverged.tolist() == [False, True, False] for s in states)
+    assert all(s.fallen.tolist() == [False, True, False] and not s.diverged for s in states)
+    assert states[-1].loss == pytest.approx(float(states[-1].losses[[0, 2]].mean()), rel=1e-15)  # of those that still train
     for i in (0, 2):
         *_, alone = gradient_descent(network(i), x, y, lr=lrs[i], steps=12)
         assert_same(states[-1].stack.unstack(i), alone.model)
@@ -102,15 +105,15 @@ def broken(seed: int) -> MLP:
 def test_when_all_have_diverged_the_run_ends():
     x, y = problem()
     *_, last = replicated_gradient_descent([broken(0), broken(1)], x, y, lrs=[0.1, 0.2], steps=50)
-    assert (last.diverged.tolist(), last.step) == ([True, True], 0)
+    assert (last.fallen.tolist(), last.diverged, last.step) == ([True, True], True, 0)
     *_, last = replicated_minibatches([broken(0), broken(1)], digits(), lr=0.1, batch_size=16, epochs=3, seeds=[0, 1])
-    assert (last.diverged.tolist(), last.epoch) == ([True, True], 1)
+    assert (last.fallen.tolist(), last.diverged, last.epoch) == ([True, True], True, 1)
 
 
 def test_a_replica_that_diverges_on_minibatches_harms_no_other():
     images, common = digits(), {"lr": 0.05, "batch_size": 16, "epochs": 3, "momentum": 0.9}
     *_, last = replicated_minibatches([network(0), broken(1), network(2)], images, seeds=SEEDS, **common)
-    assert last.diverged.tolist() == [False, True, False]
+    assert (last.fallen.tolist(), last.diverged) == ([False, True, False], False)
     for i in (0, 2):
         *_, alone = loop_by_optimizer("sgd")(network(i), images, seed=i, **common)
         assert_same(last.stack.unstack(i), alone.model)
@@ -129,7 +132,7 @@ def minibatch(resume=None):
 @pytest.mark.parametrize("loop", [full_batch, minibatch])
 def test_a_resumed_run_takes_the_same_steps_bit_for_bit(loop):
     def noted(states):
-        return [(s.step, s.losses.tolist(), s.diverged.tolist(), {k: v.clone() for k, v in s.tensors().items()}) for s in states]
+        return [(s.step, s.losses.tolist(), s.fallen.tolist(), {k: v.clone() for k, v in s.tensors().items()}) for s in states]
 
     whole = noted(loop())
     middle = next(i for i, entry in enumerate(whole) if entry[0] >= 5)
@@ -140,6 +143,49 @@ def test_a_resumed_run_takes_the_same_steps_bit_for_bit(loop):
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
         for name in kept:
             torch.testing.assert_close(tensors[name], kept[name], rtol=0, atol=0, equal_nan=True)
+
+
+FULL = {"lrs": (0.3, 1e200, 0.1), "steps": 12}
+MINI = {"optimizer": "adamw", "lr": 0.01, "schedule": "cosine", "batch_size": 16, "epochs": 3, "seeds": SEEDS}
+
+
+def compute(root, settings):
+    """A stored run of a stack that measures each of its networks; what it measured and the steps this call computed."""
+    steps = []
+    with Run("test", settings, save_every=0, root=root) as run:
+        if settings is FULL:
+            states = run.states(replicated_gradient_descent, networks(), *problem(), measure_at={5, 9})
+        else:
+            states = run.states(replicated_minibatches, networks(), digits(), measure_at={0, 5, 7})
+        for state in states:
+            steps.append(state.step)
+            run.log(state, lr=state.lr, mean_loss=state.loss)
+            for i, loss in enumerate(state.losses):
+                norm = parameter_norm(state.stack.unstack(i))
+                run.log(state, layer=str(i), loss=loss, norm=norm, fallen=state.fallen[i])
+    return run.result, steps
+
+
+@pytest.mark.parametrize("write", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize("settings", [FULL, MINI])
+def test_an_interrupted_run_of_a_stack_resumes_to_the_same_history(tmp_path, settings, write):
+    whole, steps = compute(tmp_path / "whole", settings)
+    with crash_at(write):
+        compute(tmp_path / "crashed", settings)
+    resumed, rest = compute(tmp_path / "crashed", settings)
+    assert rest == steps[write // 3 :]  # three files per save: history, checkpoint, manifest
+    assert len(steps) > 2
+    assert resumed.status == whole.status == "complete"
+    pd.testing.assert_frame_equal(whole.history, resumed.history, check_exact=True)
+    assert compute(tmp_path / "crashed", settings)[1] == []
+
+
+def test_a_run_of_a_stack_whose_networks_all_fall_has_diverged(tmp_path):
+    settings = {"lrs": (1e200, 1e200), "steps": 12}
+    with Run("test", settings, root=tmp_path) as run:
+        steps = [s.step for s in run.states(replicated_gradient_descent, networks()[:2], *problem())]
+    assert run.result.diverged
+    assert steps[-1] < 12
 
 
 @pytest.mark.parametrize(

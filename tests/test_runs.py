@@ -9,16 +9,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from crashes import crash_at
 
 from ntklib import Run, combine, data, models, sgd, storage, sweep
 from ntklib.runs import load_tensors_of
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
 SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "batch_size": 16, "epochs": 3, "schedule": "cosine", "seed": 1}
-
-
-class CrashError(Exception):
-    """Stands for a crash between two writes."""
 
 
 def images():
@@ -103,45 +100,23 @@ def test_a_run_is_the_same_in_a_worker_process_and_follows_the_helpers_of_its_no
     assert keys != keys_of(NOTEBOOK.replace("scale * x", "scale + x"), tmp_path, 1)
 
 
-@pytest.mark.parametrize("crash_at", range(9))
-def test_a_crash_at_any_write_leaves_a_run_that_resumes_to_the_same_history(tmp_path, monkeypatch, crash_at):
+@pytest.mark.parametrize("write", range(9))
+def test_a_crash_at_any_write_leaves_a_run_that_resumes_to_the_same_history(tmp_path, write):
     whole, _ = compute(tmp_path / "whole")
-    real, count = Path.replace, iter(range(10**6))
-
-    def replace(self, target):
-        if next(count) == crash_at:
-            raise CrashError
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "replace", replace)
-    with pytest.raises(CrashError):
+    with crash_at(write):
         compute(tmp_path / "crashed")
-    monkeypatch.setattr(Path, "replace", real)
     resumed, steps = compute(tmp_path / "crashed")
     assert resumed.status == "complete"
-    assert steps == [s for s in (0, 3, 6, 9) if s >= 3 * (crash_at // 3)]  # three files per save: history, checkpoint, manifest
+    assert steps == [s for s in (0, 3, 6, 9) if s >= 3 * (write // 3)]  # three files per save: history, checkpoint, manifest
     same(whole.history.drop(columns="run"), resumed.history.drop(columns="run"))
 
 
 @pytest.mark.parametrize("pattern", ["run.json", "history-*.parquet", "checkpoint-*.safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "altered"])
-def test_a_damaged_file_is_named_set_aside_and_recomputed(tmp_path, monkeypatch, pattern, damage):
+def test_a_damaged_file_is_named_set_aside_and_recomputed(tmp_path, pattern, damage):
     whole, _ = compute(tmp_path / "whole")
-
-    def interrupted_run():
-        real, count = Path.replace, iter(range(10**6))
-
-        def replace(self, target):
-            if next(count) >= 6:
-                raise CrashError
-            return real(self, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", replace)
-            with pytest.raises(CrashError):
-                compute(tmp_path / "damaged")
-
-    interrupted_run()
+    with crash_at(6):
+        compute(tmp_path / "damaged")
     (path,) = (p for p in (tmp_path / "damaged").rglob(pattern))
     content = path.read_bytes()
     middle = len(content) // 2

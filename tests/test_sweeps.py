@@ -109,3 +109,10 @@ def test_a_run_that_another_process_holds_is_left_for_later_only_where_the_sweep
     assert sweep(train, [0, 1, 2], jobs=1) == [0, 1, 2]
     other.join()
     assert order == [1, 2, 0]
+
+
+def test_gathering_a_sweep_over_nothing_gives_a_frame_without_rows_that_can_be_worked_on_like_any_other():
+    full = gather(RATES, {s: result(s) for s in distinct(RATES)}, "lr")
+    empty = gather({}, {}, "lr")
+    assert list(empty.columns) == list(full.columns)
+    assert with_quantity(empty, "time").query("split == 'test' and quantity == 'accuracy'").groupby("run")["value"].max().empty

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 Images = Float[Tensor, "n channels height width"]
 
@@ -55,6 +55,5 @@ AUGMENTATIONS: dict[str, Callable[[Images, torch.Generator], Images]] = {"none":
 
 def augment_by_name(name: str) -> Callable[[Images, torch.Generator], Images]:
     """Return the augmentation of this name, or raise ``ValueError`` with the known ones."""
-    if name not in AUGMENTATIONS:
-        raise ValueError(unknown("augmentation", name, AUGMENTATIONS))
+    check_known("augmentation", name, AUGMENTATIONS)
     return AUGMENTATIONS[name]

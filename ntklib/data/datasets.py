@@ -15,16 +15,17 @@ from jaxtyping import Float, Int
 from platformdirs import user_cache_dir
 from torch import Tensor
 
+from ntklib.data.folders import FolderError, ImageFiles, image_folders
 from ntklib.data.subsets import balanced_indices
 from ntklib.random import stream
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 # what readers raise on missing or damaged files
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, AssertionError, zlib.error)
 
-Arrays = tuple[np.ndarray, np.ndarray]  # uint8 images [n, h, w] or [n, h, w, channels], labels [n]
+Arrays = tuple[np.ndarray | ImageFiles, np.ndarray]  # uint8 images [n, h, w] or [n, h, w, channels], labels [n]
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ def data_root() -> Path:
 
 def check_name(name: str) -> None:
     """Raise ``ValueError`` with the nearest name when no dataset has this name."""
-    if name not in LOADERS:
-        raise ValueError(unknown("dataset", name, LOADERS))
+    check_known("dataset", name, LOADERS)
 
 
 def load(name: str, *, num_train: int | None = None, num_test: int | None = None, seed: int = 0) -> Dataset:
@@ -96,9 +96,11 @@ def load(name: str, *, num_train: int | None = None, num_test: int | None = None
     fashion_mnist  28 x 28 grey, 10 classes         60,000 / 10,000             torchvision, or Debian's package
     cifar10        32 x 32 colour, 10 classes       50,000 / 10,000             torchvision
     cifar100       32 x 32 colour, 100 classes      50,000 / 10,000             torchvision
+    imagenet       224 x 224 colour, 1,000 classes  1,281,167 / 50,000          folders of images, placed by hand
     ============== ================================ =========================== =====================
 
-    ``digits`` and ``mnist5k`` come without a split; theirs is a fixed stratified one.
+    ``digits`` and ``mnist5k`` come without a split; theirs is a fixed stratified one. Of ``imagenet`` only the images of the subset
+    are decoded (the middle 224 x 224 pixels after scaling the shorter side to 256), and its validation images are the test images.
 
     Args:
         name: One of the names above.
@@ -109,6 +111,7 @@ def load(name: str, *, num_train: int | None = None, num_test: int | None = None
     Raises:
         ValueError: If the name is unknown or a subset is larger than the data.
         DatasetNotFoundError: If files are missing and cannot be downloaded.
+        MemoryError: If decoded images would not fit into memory.
     """
     check_name(name)
     train, test = LOADERS[name]()
@@ -116,7 +119,8 @@ def load(name: str, *, num_train: int | None = None, num_test: int | None = None
     mean, std = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
     for x in (x_train, x_test):
         x.sub_(mean).div_(std)  # in place: full CIFAR-10 is 0.7 GB
-    return Dataset(name, x_train, y_train, x_test, y_test, int(y_train.max()) + 1)
+    num_classes = int(train[1].max()) + 1  # of all labels: a subset may lack the last class
+    return Dataset(name, x_train, y_train, x_test, y_test, num_classes)
 
 
 def locate(name: str) -> list[Path]:
@@ -127,18 +131,20 @@ def locate(name: str) -> list[Path]:
         "fashion_mnist": "FashionMNIST/raw",
         "cifar10": "cifar-10-batches-py",
         "cifar100": "cifar-100-python",
+        "imagenet": "imagenet",
     }
     if name not in folders:
         return []
     return [data_root() / folders[name], *([DEBIAN_FASHION_MNIST] if name == "fashion_mnist" else [])]
 
 
-def _subset(x: np.ndarray, y: np.ndarray, num: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def _subset(x: np.ndarray | ImageFiles, y: np.ndarray, num: int | None, seed: int) -> tuple[Tensor, Tensor]:
     labels = torch.as_tensor(y, dtype=torch.int64)
     if num is not None:
         index = balanced_indices(labels, num, stream(seed, "subset"))
         x, labels = x[index.numpy()], labels[index]
-    images = torch.as_tensor(x).float()
+    pixels = x[:] if isinstance(x, ImageFiles) else x
+    images = torch.as_tensor(pixels).float()
     return (images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]).contiguous(), labels
 
 
@@ -203,6 +209,19 @@ def _cifar100() -> tuple[Arrays, Arrays]:
     return (train.data, np.array(train.targets)), (test.data, np.array(test.targets))
 
 
+def _imagenet() -> tuple[Arrays, Arrays]:
+    try:
+        train, test = image_folders(locate("imagenet")[0])
+    except FolderError as error:
+        msg = (
+            f"Dataset 'imagenet' was not found whole: {error} Place the training and validation images as train/CLASS/*.JPEG and "
+            f"val/CLASS/*.JPEG in {locate('imagenet')[0]}, or set NTKLIB_DATA to the folder that holds imagenet; there is no "
+            "download without registration. Datasets that need no files: digits, mnist5k."
+        )
+        raise DatasetNotFoundError(msg) from error
+    return train, test
+
+
 def _torchvision(name: str, factory: Callable) -> tuple:
     """Open train and test parts; torchvision checks the files' checksums and downloads what is missing."""
     root = data_root()
@@ -240,6 +259,6 @@ def _timeout(seconds: float):
 
 LOADERS: dict[str, Callable[[], tuple[Arrays, Arrays]]] = {
     "digits": _digits, "mnist5k": _mnist5k, "mnist": _mnist, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10,
-    "cifar100": _cifar100,
+    "cifar100": _cifar100, "imagenet": _imagenet,
 }  # fmt: skip
 NAMES = tuple(LOADERS)

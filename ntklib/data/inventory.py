@@ -40,7 +40,8 @@ def look(name: str) -> Presence:
     """Read a dataset if its files are there, and tell what was found; nothing is downloaded.
 
     torchvision compares the files of CIFAR-10 and CIFAR-100 with their checksums; those of MNIST and Fashion-MNIST must have the
-    lengths that their headers announce.
+    lengths that their headers announce; of ImageNet both parts must have the same classes, none of them without images and no image
+    file empty.
 
     Raises:
         ValueError: If there is no dataset of this name.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ntklib.data.augment import Images
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 ROTATE, LOG_SCALE, SHEAR, SHIFT, CONTRAST, CUT = 30.0, 0.2, 0.3, 0.15, 0.5, 0.35  # ranges of ``geometric``
 OPERATIONS = (
@@ -161,6 +161,5 @@ STRONG: dict[str, Callable[[Images, torch.Generator], Images]] = {"geometric": g
 
 def strong_by_name(name: str) -> Callable[[Images, torch.Generator], Images]:
     """Return the strong augmentation of this name, or raise ``ValueError`` with the known ones."""
-    if name not in STRONG:
-        raise ValueError(unknown("strong augmentation", name, STRONG))
+    check_known("strong augmentation", name, STRONG)
     return STRONG[name]

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntklib.kernels.evaluate import METHODS, Request, evaluate
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 __all__ = ["METHODS", "empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"]
 REDUCTIONS = ("trace", "diagonal")
@@ -56,8 +56,8 @@ def empirical_ntk(
         ValueError: If rows interact (batch normalisation in training mode), an option is unknown, inputs are empty, not finite or
             of unlike shape, or the kernel does not fit in memory.
     """
-    if reduce is not None and reduce not in REDUCTIONS:
-        raise ValueError(unknown("reduction", reduce, REDUCTIONS))
+    if reduce is not None:
+        check_known("reduction", reduce, REDUCTIONS)
     request = Request(model, x1, x2, reduce, method, output, params, chunk_size, max_memory, tf32, progress)
     return evaluate(request)[""]
 
@@ -92,8 +92,8 @@ def ntk_by_layer(
     Raises:
         ValueError: As in ``empirical_ntk``.
     """
-    if reduce is not None and reduce not in REDUCTIONS:
-        raise ValueError(unknown("reduction", reduce, REDUCTIONS))
+    if reduce is not None:
+        check_known("reduction", reduce, REDUCTIONS)
     request = Request(model, x1, x2, reduce, "auto", output, params, chunk_size, max_memory, tf32, progress, by_layer=True)
     return evaluate(request)
 

@@ -18,7 +18,7 @@ from ntklib.kernels.operations import Emission
 from ntklib.kernels.plan import Plan, Tile, directions, make_plan, tiles
 from ntklib.kernels.streaming import Program, general_program, settings, structured_program
 from ntklib.progress import FILE
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 METHODS = ("auto", "structured", "jacobian")
 
@@ -48,8 +48,7 @@ def prepared(request: Request) -> Iterator[tuple[Program, Tensor, Tensor | None]
     Raises:
         ValueError: As ``empirical_ntk``.
     """
-    if request.method not in METHODS:
-        raise ValueError(unknown("method", request.method, METHODS))
+    check_known("method", request.method, METHODS)
     params = None if request.params is None else list(request.params)
     check_inputs(request.x1, "x1")
     if request.x2 is not None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ntklib.models.vgg import STAGES, VGG
 from ntklib.models.vit import ViT
 from ntklib.models.wide_resnet import WIDE, WideResNet
 from ntklib.random import stream
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 __all__ = [
     "ACTIVATIONS", "LAYERS", "MLP", "NAMES", "NTKMLP", "SCHEMES", "STAGES", "VGG", "WIDE", "ModularTransformer", "NTKLinear",
@@ -26,13 +26,19 @@ __all__ = [
     "inner_outputs", "outline", "part_of", "recalibrated", "scale_parameters",
 ]  # fmt: skip
 
-NAMES = ("mlp", *STAGES, *LAYERS, *WIDE, "vit")
+MAKERS: dict[str, Callable[..., nn.Module]] = {  # name -> model(name, shape of one input, outputs, width)
+    "mlp": lambda _, shape, c, width: MLP(math.prod(shape), [width, width], c),
+    **dict.fromkeys(STAGES, lambda name, shape, c, width: VGG(name, in_channels=shape[0], num_classes=c, width=width)),
+    **dict.fromkeys(LAYERS, lambda name, shape, c, width: ResNet(name, in_channels=shape[0], num_classes=c, width=width)),
+    **dict.fromkeys(WIDE, lambda name, shape, c, width: WideResNet(name, in_channels=shape[0], num_classes=c, width=width)),
+    "vit": lambda _, shape, c, width: ViT(input_shape=shape, num_classes=c, width=width),
+}
+NAMES = tuple(MAKERS)
 
 
 def check_name(name: str) -> None:
     """Raise ``ValueError`` with the nearest name when no model has this name."""
-    if name not in NAMES:
-        raise ValueError(unknown("model", name, NAMES))
+    check_known("model", name, NAMES)
 
 
 def build(
@@ -62,14 +68,7 @@ def build(
         msg = f"{name} takes images of shape (channels, height, width). Got inputs of shape {tuple(input_shape)}."
         raise ValueError(msg)
     with torch.random.fork_rng([]):  # layers draw PyTorch's default weights from the global generator when they are made
-        if name == "mlp":
-            model: nn.Module = MLP(math.prod(input_shape), [width, width], num_classes)
-        elif name == "vit":
-            channels, rows, columns = input_shape
-            model = ViT(input_shape=(channels, rows, columns), num_classes=num_classes, width=width)
-        else:
-            kind = VGG if name in STAGES else WideResNet if name in WIDE else ResNet
-            model = kind(name, in_channels=input_shape[0], num_classes=num_classes, width=width)
+        model = MAKERS[name](name, tuple(input_shape), num_classes, width)
     # channels last: convolutions train a third faster
     return initialize(model, init, stream(seed, "init")).to(memory_format=torch.channels_last)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 
 @torch.no_grad()
@@ -25,8 +25,7 @@ def between(model: nn.Module, before: Mapping[str, Tensor], fraction: float) -> 
     """
     moved = copy.deepcopy(model)
     for name, w in moved.named_parameters():
-        if name not in before:
-            raise ValueError(unknown("parameter", name, before))
+        check_known("parameter", name, before)
         start = before[name].to(w)
         w.copy_(start + fraction * (w - start))
     return moved

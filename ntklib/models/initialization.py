@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 SCHEMES = ("standard", "kaiming", "xavier", "orthogonal", "he")
 
@@ -17,13 +17,14 @@ def initialize(model: nn.Module, scheme: str, generator: torch.Generator) -> nn.
     standard deviation 0.02, as is usual for transformers.
 
     ============ ======================================================================= ==========================
-    scheme       weights (fan_in = inputs of one unit, fan_out = uses of one input)        biases
+    scheme       weights (fan_in = inputs of one unit, fan_out = uses of one input)      biases
     ============ ======================================================================= ==========================
-    standard     uniform, variance 1/(3 fan_in) (PyTorch's default for both layer kinds)  uniform, same bound
-    he           normal, variance 2/fan_in (He et al. 2015, arXiv:1502.01852v1, Eq. 10)   0
-    kaiming      normal, variance 2/fan_out for convolutions (torchvision's ResNets), ``standard`` for linear layers
-    xavier       uniform, variance 2/(fan_in + fan_out)                                   0
-    orthogonal   orthonormal rows or columns                                              0
+    standard     uniform, variance 1/(3 fan_in), PyTorch's default for both layer kinds  uniform, same bound
+    he           normal, variance 2/fan_in (He et al. 2015, arXiv:1502.01852v1, Eq. 10)  0
+    kaiming      normal, variance 2/fan_out for convolutions (torchvision's ResNets);    0; ``standard`` for linear
+                 ``standard`` for linear layers                                          layers
+    xavier       uniform, variance 2/(fan_in + fan_out)                                  0
+    orthogonal   orthonormal rows or columns                                             0
     ============ ======================================================================= ==========================
 
     Args:
@@ -37,8 +38,7 @@ def initialize(model: nn.Module, scheme: str, generator: torch.Generator) -> nn.
     Raises:
         ValueError: If the scheme is unknown.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(unknown("initialization", scheme, SCHEMES))
+    check_known("initialization", scheme, SCHEMES)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             _draw(module, scheme, generator)

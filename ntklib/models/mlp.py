@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 
 class Erf(nn.Module):
@@ -33,8 +33,7 @@ class MLP(nn.Module):
 
     def __init__(self, d: int, widths: Sequence[int], c: int, *, activation: str = "relu", bias: bool = True) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(unknown("activation", activation, ACTIVATIONS))
+        check_known("activation", activation, ACTIVATIONS)
         sizes = [d, *widths, c]
         layers: list[nn.Module] = [nn.Flatten()]
         for i in range(len(sizes) - 1):

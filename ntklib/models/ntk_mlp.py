@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntklib.models.mlp import ACTIVATIONS
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 
 class NTKLinear(nn.Module):
@@ -85,8 +85,7 @@ class NTKMLP(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [d, *widths, c]
-        if activation not in ACTIVATIONS:
-            raise ValueError(unknown("activation", activation, ACTIVATIONS))
+        check_known("activation", activation, ACTIVATIONS)
         if min(sizes) < 1:
             msg = f"d, widths and c must be positive. Got {sizes}."
             raise ValueError(msg)

@@ -3,14 +3,13 @@
 from ntklib.training.ema import ExponentialAverages
 from ntklib.training.fixmatch import FixMatchState, fixmatch, pseudo_label_loss
 from ntklib.training.flows import central_flow, gradient_flow
-from ntklib.training.full_batch import full_batch_adamw, log_steps
-from ntklib.training.loops import gradient_descent
+from ntklib.training.full_batch import full_batch_adamw, gradient_descent
 from ntklib.training.losses import LOSSES, cross_entropy, half_mse, loss_by_name, mse, one_hot, precise_cross_entropy
 from ntklib.training.measure import accuracy, parameter_norm
 from ntklib.training.minibatch import OPTIMIZERS, adamw, loop_by_optimizer, sgd, steps_per_epoch
 from ntklib.training.normalized import log_logistic_loss, normalized_descent
 from ntklib.training.replicas import Replicas, StackedMLP, replicated_gradient_descent, replicated_minibatches
-from ntklib.training.schedules import SCHEDULES, gradient_flow_time, learning_rate, measured_steps
+from ntklib.training.schedules import SCHEDULES, gradient_flow_time, learning_rate, log_steps, measured_steps
 from ntklib.training.state import State
 
 __all__ = [

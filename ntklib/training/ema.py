@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ntklib.text import unknown
+from ntklib.text import check_known, unknown
 
 BUFFERS = ("copy", "average")
 
@@ -44,8 +44,7 @@ class ExponentialAverages:
 
     def __init__(self, model: nn.Module, decays: Sequence[float], buffers: str = "copy") -> None:
         check_decays(decays)
-        if buffers not in BUFFERS:
-            raise ValueError(unknown("choice of buffers", buffers, BUFFERS))
+        check_known("choice of buffers", buffers, BUFFERS)
         self.model = model
         self.decays = tuple(float(tau) for tau in decays)
         self._sources = {name: w for name, w in model.named_parameters() if w.requires_grad}

@@ -14,11 +14,10 @@ from ntklib.data.partial import PartlyLabelled, WeakAndStrong
 from ntklib.data.strong import strong_by_name
 from ntklib.models import calibrate_batch_norm
 from ntklib.random import stream
-from ntklib.text import unknown
+from ntklib.text import check_known
 from ntklib.training.ema import ExponentialAverages
-from ntklib.training.minibatch import Checkpoint
 from ntklib.training.schedules import learning_rate
-from ntklib.training.state import State
+from ntklib.training.state import Checkpoint, State
 
 DECAYED = ("weights", "all")
 LABELLED_AUGMENTATIONS = ("weak", "strong")
@@ -190,12 +189,8 @@ def check_fixmatch(mu: int, threshold: float, lambda_u: float, decayed: str, lab
     if lambda_u < 0:
         msg = f"lambda_u must not be negative. Got {lambda_u}."
         raise ValueError(msg)
-    for kind, got, known in (
-        ("choice of decayed parameters", decayed, DECAYED),
-        ("augmentation of labelled images", labelled_augment, LABELLED_AUGMENTATIONS),
-    ):
-        if got not in known:
-            raise ValueError(unknown(kind, got, known))
+    check_known("choice of decayed parameters", decayed, DECAYED)
+    check_known("augmentation of labelled images", labelled_augment, LABELLED_AUGMENTATIONS)
 
 
 def rows_interact(model: nn.Module) -> bool:

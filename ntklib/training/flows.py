@@ -11,8 +11,7 @@ from ntklib.directions import flatten_params, plain_attention, unflatten_params
 from ntklib.functional import functional_model
 from ntklib.training.critical import Hessian, critical_modes, oscillation_covariance
 from ntklib.training.losses import loss_by_name
-from ntklib.training.minibatch import Checkpoint
-from ntklib.training.state import State
+from ntklib.training.state import Checkpoint, State
 
 NEAR = 0.9  # Hessian eigenvalues above this part of 2/lr are watched: those that could pass it within a step
 LANDING = 1e-8  # relative accuracy with which the flow stops at a loss

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 
 def cross_entropy(outputs: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -53,6 +53,5 @@ LOSSES = {"cross_entropy": cross_entropy, "precise_cross_entropy": precise_cross
 
 def loss_by_name(name: str):
     """Return the loss of this name, or raise ``ValueError`` with the known ones."""
-    if name not in LOSSES:
-        raise ValueError(unknown("loss", name, LOSSES))
+    check_known("loss", name, LOSSES)
     return LOSSES[name]

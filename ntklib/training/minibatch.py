@@ -11,13 +11,11 @@ from ntklib.data.augment import augment_by_name
 from ntklib.data.datasets import Dataset
 from ntklib.models import calibrate_batch_norm
 from ntklib.random import stream
-from ntklib.text import unknown
+from ntklib.text import check_known
 from ntklib.training.ema import ExponentialAverages
 from ntklib.training.losses import loss_by_name
 from ntklib.training.schedules import learning_rate
-from ntklib.training.state import State
-
-Checkpoint = tuple[int, dict[str, Tensor]]  # step, State.tensors()
+from ntklib.training.state import Checkpoint, State
 
 
 def sgd(
@@ -118,8 +116,7 @@ OPTIMIZERS = {"sgd": sgd, "adam": partial(adamw, decoupled=False), "adamw": adam
 
 def loop_by_optimizer(name: str) -> Callable[..., Iterator[State]]:
     """Return the training loop of the optimizer of this name, or raise ``ValueError`` with the known ones."""
-    if name not in OPTIMIZERS:
-        raise ValueError(unknown("optimizer", name, OPTIMIZERS))
+    check_known("optimizer", name, OPTIMIZERS)
     return OPTIMIZERS[name]
 
 

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ntklib.training.loops import Checkpoint
-from ntklib.training.state import State
+from ntklib.training.state import Checkpoint, State
 
 TAIL = 40.0  # beyond this margin log(log(1 + exp(-q))) is -q to double precision: the next term is exp(-q)/2
 

@@ -4,9 +4,10 @@ A step of a small network costs what the calls of its operations cost, not its a
 """
 
 import copy
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,10 +16,11 @@ from torch.func import vmap
 
 from ntklib.data.datasets import Dataset
 from ntklib.models.mlp import MLP
-from ntklib.text import unknown
+from ntklib.text import check_known
 from ntklib.training.losses import loss_by_name
-from ntklib.training.minibatch import Checkpoint, _batches, steps_per_epoch
+from ntklib.training.minibatch import _batches, steps_per_epoch
 from ntklib.training.schedules import learning_rate
+from ntklib.training.state import Checkpoint, State
 
 FAMILIES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -26,12 +28,16 @@ FAMILIES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.opt
 class StackedMLP(nn.Module):
     """r multilayer perceptrons of one shape as one module with weights ``[r, in, out]`` and biases ``[r, 1, out]``.
 
+    The buffer ``fallen``, ``[r]``, marks networks that have stopped training because something in them was not finite.
+
     Args:
         models: Perceptrons with the same layers; their parameters are copied.
 
     Raises:
         ValueError: If there is none, one is no ``MLP``, or their layers differ.
     """
+
+    fallen: Tensor
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -47,6 +53,7 @@ class StackedMLP(nn.Module):
         self.biases = nn.ParameterList(
             torch.stack([layer.bias.detach()[None] for layer in each]) for each in same if each[0].bias is not None
         )
+        self.register_buffer("fallen", torch.zeros(len(models), dtype=torch.bool, device=self.weights[0].device))
 
     def __len__(self) -> int:
         return len(self.weights[0])
@@ -74,48 +81,25 @@ class StackedMLP(nn.Module):
         return model.eval()
 
 
-@dataclass
-class Replicas:
-    """Networks trained together, at one measured step.
+@dataclass(kw_only=True)
+class Replicas(State):
+    """Networks trained together, at one measured step: a ``State`` whose model is the stack, so that a ``Run`` can resume it.
+
+    ``loss`` is the mean over the networks that still train, ``lr`` is the largest rate, and ``diverged`` says that none trains.
 
     Attributes:
-        step: Optimizer steps taken so far.
-        epoch: Passes over the training data so far.
-        stack: The networks; ``stack.unstack(i)`` is one as a plain module. Read it, do not change it.
         losses: Training loss of each, ``[r]``: at this state for full-batch descent; for mini-batches the mean over the steps since
             the last measured one, nan at step 0.
-        diverged: Which networks have met a loss or parameter that is not finite, ``[r]``: they stay as they were then.
-        total_steps: Steps of the whole run.
-        optimizer: Optimizer of the stack, if there is one.
+        fallen: Which networks have met a loss or parameter that is not finite, ``[r]``: they stay as they were then.
     """
 
-    step: int
-    epoch: float
-    stack: StackedMLP
     losses: Float[Tensor, " r"]
-    diverged: Bool[Tensor, " r"]
-    total_steps: int
-    optimizer: torch.optim.Optimizer | None = None
+    fallen: Bool[Tensor, " r"]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors that a resumed run needs, by name."""
-        out = {f"model.{k}": v for k, v in self.stack.state_dict().items()} | {"diverged": self.diverged}
-        if self.optimizer is not None:
-            for index, slots in self.optimizer.state_dict()["state"].items():
-                out |= {f"optimizer.{index}.{k}": v for k, v in slots.items()}
-        return out
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load what ``tensors`` returned."""
-        self.stack.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        self.diverged = tensors["diverged"].clone()
-        if self.optimizer is not None:
-            slots: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith("optimizer."):
-                    _, index, slot = key.split(".", 2)
-                    slots.setdefault(int(index), {})[slot] = value.clone()
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+    @property
+    def stack(self) -> StackedMLP:
+        """The networks; ``stack.unstack(i)`` is one as a plain module."""
+        return cast("StackedMLP", self.model)
 
 
 def replicated_gradient_descent(
@@ -143,7 +127,7 @@ def replicated_gradient_descent(
         steps: Number of steps.
         loss: See ``ntklib.training.losses``.
         measure_at: Steps at which to yield. Default: all.
-        resume: A step and its ``Replicas.tensors()``: continue after that state, which is not yielded again.
+        resume: A step and its ``State.tensors()``: continue after that state, which is not yielded again.
 
     Yields:
         The networks before each measured step, after the last, and where one diverges. When all have diverged the loop ends.
@@ -157,21 +141,21 @@ def replicated_gradient_descent(
     stack = StackedMLP(models)
     each, inputs = vmap(loss_by_name(loss), in_dims=(0, None)), x.expand(len(stack), *x.shape)
     rate = torch.tensor(lrs, dtype=stack.weights[0].dtype, device=x.device)[:, None, None]
-    state = _begin(stack, steps, None, resume)
-    for step in range(state.step, steps + 1):
+    start = _begin(stack, None, resume)
+    for step in range(start, steps + 1):
         losses = each(stack(inputs), y)
-        fallen = ~torch.isfinite(losses) & ~state.diverged
-        state.diverged = state.diverged | fallen
-        none_fallen = not bool(state.diverged.any())
-        measured = measure_at is None or step in measure_at or step == steps or (not none_fallen and bool(fallen.any()))
+        fresh = ~torch.isfinite(losses) & ~stack.fallen
+        stack.fallen = stack.fallen | fresh
+        none_fallen = not bool(stack.fallen.any())
+        measured = measure_at is None or step in measure_at or step == steps or (not none_fallen and bool(fresh.any()))
         if measured and (resume is None or step > resume[0]):
-            yield Replicas(step, float(step), stack, losses.detach(), state.diverged, steps)
-        if step == steps or bool(state.diverged.all()):
+            yield _state(stack, step, float(step), losses.detach(), max(lrs), None, steps)
+        if step == steps or bool(stack.fallen.all()):
             return
         grads = torch.autograd.grad(losses.sum(), list(stack.parameters()))
         with torch.no_grad():
             for w, g in zip(stack.parameters(), grads, strict=True):
-                w.addcmul_(g if none_fallen else g.masked_fill(state.diverged[:, None, None], 0), rate, value=-1)
+                w.addcmul_(g if none_fallen else g.masked_fill(stack.fallen[:, None, None], 0), rate, value=-1)
 
 
 def replicated_minibatches(
@@ -212,7 +196,7 @@ def replicated_minibatches(
         loss: See ``ntklib.training.losses``.
         seeds: Seed of each network's batches.
         measure_at: Steps at which to yield. Default: 0 and every epoch's end.
-        resume: A step and its ``Replicas.tensors()``.
+        resume: A step and its ``State.tensors()``.
 
     Yields:
         The networks before each measured step and after the last. When all have diverged the loop ends.
@@ -230,13 +214,13 @@ def replicated_minibatches(
     per_epoch = steps_per_epoch(rows, batch_size)
     total = epochs * per_epoch
     measured = set(range(0, total + 1, per_epoch) if measure_at is None else measure_at) | {total}
-    state = _begin(stack, total, chosen, resume)
-    if resume is None and 0 in measured:
-        yield state
+    start = _begin(stack, chosen, resume)
     each, running, since = vmap(loss_by_name(loss)), torch.zeros(len(stack), device=data.x_train.device), 0
-    for step in range(state.step, total):
+    if resume is None and 0 in measured:
+        yield _state(stack, 0, 0.0, torch.full_like(running, torch.nan), learning_rate(schedule, lr, 0, total), chosen, total)
+    for step in range(start, total):
         epoch, position = divmod(step, per_epoch)
-        if position == 0 or step == state.step:
+        if position == 0 or step == start:
             order = [_batches(rows, batch_size, seed, epoch) for seed in seeds]
         index = torch.stack([mine[position] for mine in order]).to(data.x_train.device)  # pyright: ignore
         for group in chosen.param_groups:
@@ -244,40 +228,45 @@ def replicated_minibatches(
         losses = each(stack(data.x_train[index]), data.y_train[index])
         chosen.zero_grad(set_to_none=True)
         losses.sum().backward()
-        _step_of_the_living(stack, chosen, state.diverged)
+        _step_of_the_living(stack, chosen)
         running, since = running + losses.detach(), since + 1
         if step + 1 in measured:
             whole = torch.stack([w.isfinite().flatten(1).all(1) for w in stack.parameters()]).all(0)
-            state.diverged = state.diverged | ~torch.isfinite(running) | ~whole
-            yield Replicas(step + 1, (step + 1) / per_epoch, stack, running / since, state.diverged, total, chosen)
-            if bool(state.diverged.all()):
+            stack.fallen = stack.fallen | ~torch.isfinite(running) | ~whole
+            rate = learning_rate(schedule, lr, step + 1, total)
+            yield _state(stack, step + 1, (step + 1) / per_epoch, running / since, rate, chosen, total)
+            if bool(stack.fallen.all()):
                 return
             running, since = torch.zeros_like(running), 0
 
 
 def _family(name: str) -> Any:
-    if name not in FAMILIES:
-        raise ValueError(unknown("optimizer", name, FAMILIES))
+    check_known("optimizer", name, FAMILIES)
     return FAMILIES[name]
 
 
-def _begin(stack: StackedMLP, total: int, optimizer: torch.optim.Optimizer | None, resume: Checkpoint | None) -> Replicas:
-    r, device = len(stack), stack.weights[0].device
-    losses, diverged = torch.full((r,), torch.nan, device=device), torch.zeros(r, dtype=torch.bool, device=device)
-    state = Replicas(0, 0.0, stack, losses, diverged, total, optimizer)
-    if resume is not None:
-        state.step = resume[0]
-        state.restore(resume[1])
-    return state
+def _begin(stack: StackedMLP, optimizer: torch.optim.Optimizer | None, resume: Checkpoint | None) -> int:
+    """Load the checkpoint, if there is one, and return the step from which to go on."""
+    if resume is None:
+        return 0
+    State(resume[0], math.nan, stack, math.nan, math.nan, optimizer).restore(resume[1])
+    return resume[0]
+
+
+def _state(
+    stack: StackedMLP, step: int, epoch: float, losses: Tensor, lr: float, optimizer: torch.optim.Optimizer | None, total: int
+) -> Replicas:
+    loss, fallen = float(losses[~stack.fallen].mean()), stack.fallen
+    return Replicas(step, epoch, stack, loss, lr, optimizer, total, bool(fallen.all()), losses=losses, fallen=fallen)
 
 
 @torch.no_grad()
-def _step_of_the_living(stack: StackedMLP, optimizer: torch.optim.Optimizer, diverged: Tensor) -> None:
-    """Step, and put diverged networks back as they were."""
-    if not bool(diverged.any()):
+def _step_of_the_living(stack: StackedMLP, optimizer: torch.optim.Optimizer) -> None:
+    """Step, and put fallen networks back as they were."""
+    if not bool(stack.fallen.any()):
         optimizer.step()
         return
     before = [w.clone() for w in stack.parameters()]
     optimizer.step()
     for w, old in zip(stack.parameters(), before, strict=True):
-        w.copy_(torch.where(diverged[:, None, None], old, w))
+        w.copy_(torch.where(stack.fallen[:, None, None], old, w))

@@ -1,10 +1,10 @@
-"""Learning-rate schedules as functions of the step."""
+"""Functions of the step: learning rates, the time that steps cover, and the steps at which to measure."""
 
 import math
 
 import numpy as np
 
-from ntklib.text import unknown
+from ntklib.text import check_known
 
 SCHEDULES = ("constant", "cosine", "cosine_7_16", "step")
 
@@ -27,8 +27,7 @@ def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> floa
     Raises:
         ValueError: If the schedule is unknown.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(unknown("schedule", schedule, SCHEDULES))
+    check_known("schedule", schedule, SCHEDULES)
     if schedule == "constant":
         return lr
     if schedule == "cosine_7_16":
@@ -77,3 +76,17 @@ def measured_steps(steps: int, every: int, early: int = 0) -> list[int]:
         raise ValueError(msg)
     first = {int(every ** (k / early)) for k in range(early)}
     return sorted(s for s in {0, steps, *range(0, steps, every), *first} if s <= steps)
+
+
+def log_steps(steps: int, num: int, first: int = 1) -> list[int]:
+    """Steps 0 and ``first`` to ``steps``, evenly spaced on a logarithmic axis and at most ``num`` after step 0.
+
+    Steps that would coincide after rounding are left out.
+
+    Raises:
+        ValueError: If a number is below 1, or ``first`` beyond ``steps``.
+    """
+    if num < 1 or not 1 <= first <= steps:
+        msg = f"num must be at least 1, and first between 1 and steps = {steps}. Got {num} and {first}."
+        raise ValueError(msg)
+    return [0, *sorted({round(float(s)) for s in np.geomspace(first, steps, num)} | {steps})]

@@ -7,6 +7,8 @@ from torch import Tensor, nn, optim
 
 from ntklib.training.ema import ExponentialAverages
 
+Checkpoint = tuple[int, dict[str, Tensor]]  # step, State.tensors()
+
 
 @dataclass
 class State:
