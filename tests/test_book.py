@@ -13,7 +13,7 @@ import yaml
 from bs4 import BeautifulSoup
 from links import parsed, target
 
-from ntklib import book, chapters, claims
+from ntklib import book, chapters
 
 pytestmark = pytest.mark.slow
 
@@ -23,13 +23,6 @@ CHAPTERS = book.contents()
 PRESET = "smoke"  # of the runs behind the fixture's book
 RESOURCES = dict.fromkeys(["audio", "iframe", "img", "script", "source", "video"], "src") | {"object": "data", "link": "href"}
 OUTSIDE = re.compile(r"(?:@import|url\()\s*['\"]?(?:https?:)?//[^)'\"]*")  # in a style sheet
-VERDICTS = {
-    claims.HOLDS: "verdict-holds",
-    claims.FAILS: "verdict-fails",
-    claims.INCONCLUSIVE: "verdict-inconclusive",
-    claims.NOT_JUDGED: "verdict-unjudged",
-    claims.OTHER_PRESET: "verdict-unjudged",
-}
 
 
 def page(built_book, name):
