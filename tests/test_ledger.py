@@ -2,12 +2,11 @@
 
 import json
 import re
-from functools import cache
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from bs4 import BeautifulSoup
+from links import parsed, target
 
 from ntklib import book, chapters, claims
 
@@ -23,11 +22,6 @@ VERDICTS = {
 }
 
 
-@cache
-def parsed(path):
-    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-
-
 def page(built_book, name):
     return parsed(built_book / f"{name}.html")
 
@@ -38,12 +32,6 @@ def article(built_book, name):
 
 def words(element):
     return " ".join(element.get_text(" ").split())
-
-
-def place(page_path, address):
-    """The file that a local address on a page leads to, and its anchor."""
-    parts = urlsplit(address)
-    return (page_path.parent / unquote(parts.path)).resolve() if parts.path else page_path, unquote(parts.fragment)
 
 
 @pytest.mark.parametrize("claim", claims.load_claims())
@@ -91,7 +79,7 @@ def test_each_judging_cell_has_its_anchor_and_its_verdict_leads_back(built_book)
     for claim in claims.load_claims().values():
         if claim.chapter in CHAPTERS:
             cell = page(built_book, f"executed/{claim.chapter}").find("div", id=f"judged-{claim.id.lower()}")
-            assert ".judge(" in words(cell.select_one(".cell_input")).replace(" ", "")
+            assert ".judge(" in words(cell.select_one(".cell_input")).retarget(" ", "")
             back = [a for a in cell.select(".cell_output a") if a["href"] == f"../claims.html#claim-{claim.id.lower()}"]
             assert not cell.select_one(".cell_output strong") or back, claim.id
 
@@ -102,7 +90,7 @@ def test_the_data_file_has_every_claim_with_addresses_that_exist(built_book):
     for entry in entries:
         for field in ("figure", "code", "entry"):
             if entry[field]:
-                file, anchor = place(built_book / "index.html", entry[field])
+                file, anchor = target(built_book / "index.html", entry[field])
                 assert parsed(file).find(id=anchor), entry[field]
     assert page(built_book, "claims").find("a", href="claims.json")
 
@@ -115,7 +103,7 @@ def test_the_figure_index_leads_to_figures_and_to_the_cells_that_draw_them(built
         links = drawn.find_all("a")
         assert bool(links) or bool(judged.find("a"))
         for link in links:
-            file, anchor = place(built_book / "figures.html", link["href"])
+            file, anchor = target(built_book / "figures.html", link["href"])
             found = parsed(file).find(id=anchor)
             if words(link) == "cell":
                 assert "cell" in found["class"]
