@@ -5,6 +5,7 @@ import yaml
 from browser import PHONE, WIDE, chromium, console_errors, outside_requests, resize, screenshot, serve, wait_for
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 
 from ntklib.paths import project_root
 
@@ -179,13 +180,13 @@ def test_the_ledger_is_filtered_by_verdict_and_words(driver, site):
         "document.querySelectorAll('.claim-id').forEach((m, i) => { m.dataset.verdict = i % 3 ? 'holds' : 'fails' })"
     )
     marks = driver.execute_script(MARKS)
-    verdict = driver.find_element(By.NAME, "verdict")
-    verdict.send_keys("fails")
+    verdict = Select(driver.find_element(By.NAME, "verdict"))
+    verdict.select_by_value("fails")
     assert driver.execute_script(VISIBLE) == ids(marks, verdict="fails")
     assert told(driver) == f"{(len(marks) + 2) // 3} of {len(marks)} claims shown"
-    verdict.send_keys("holds")
+    verdict.select_by_value("holds")
     assert driver.execute_script(VISIBLE) == ids(marks, verdict="holds")
-    verdict.send_keys("all")
+    verdict.select_by_value("")
     driver.find_element(By.NAME, "words").send_keys("KERNEL distance a16")
     assert driver.execute_script(VISIBLE) == ["claim-a16"]
     assert "words=KERNEL+distance+a16" in driver.current_url
