@@ -182,10 +182,10 @@ def test_the_ledger_is_filtered_by_verdict_and_words(driver, site):
     marks = driver.execute_script(MARKS)
     verdict = Select(driver.find_element(By.NAME, "verdict"))
     verdict.select_by_value("fails")
-    assert driver.execute_script(VISIBLE) == ids(marks, verdict="fails")
+    wait_for(driver, lambda: driver.execute_script(VISIBLE) == ids(marks, verdict="fails"), "other claims are shown")
     assert told(driver) == f"{(len(marks) + 2) // 3} of {len(marks)} claims shown"
     verdict.select_by_value("holds")
-    assert driver.execute_script(VISIBLE) == ids(marks, verdict="holds")
+    wait_for(driver, lambda: driver.execute_script(VISIBLE) == ids(marks, verdict="holds"), "other claims are shown")
     verdict.select_by_value("")
     driver.find_element(By.NAME, "words").send_keys("KERNEL distance a16")
     assert driver.execute_script(VISIBLE) == ["claim-a16"]
