@@ -84,7 +84,7 @@ def test_each_judging_cell_has_its_anchor_and_its_verdict_leads_back(built_book)
     for claim in claims.load_claims().values():
         if claim.chapter in CHAPTERS:
             cell = cell_at(page(built_book, f"executed/{claim.chapter}").find(id=f"judged-{claim.id.lower()}"))
-            assert ".judge(" in words(cell.select_one(".cell_input")).retarget(" ", "")
+            assert ".judge(" in words(cell.select_one(".cell_input")).replace(" ", "")
             back = [a for a in cell.select(".cell_output a") if a["href"] == f"../claims.html#claim-{claim.id.lower()}"]
             assert not cell.select_one(".cell_output strong") or back, claim.id
 
