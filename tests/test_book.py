@@ -13,7 +13,7 @@ import yaml
 from bs4 import BeautifulSoup
 from links import parsed, target
 
-from ntklib import book, chapters, claims
+from ntklib import book, chapters
 
 pytestmark = pytest.mark.slow
 
@@ -24,13 +24,6 @@ CHAPTERS = book.contents()
 PRESET = "smoke"  # of the runs behind the fixture's book
 RESOURCES = dict.fromkeys(["audio", "iframe", "img", "script", "source", "video"], "src") | {"object": "data", "link": "href"}
 OUTSIDE = re.compile(r"(?:@import|url\()\s*['\"]?(?:https?:)?//[^)'\"]*")  # in a style sheet
-VERDICTS = {
-    claims.HOLDS: "verdict-holds",
-    claims.FAILS: "verdict-fails",
-    claims.INCONCLUSIVE: "verdict-inconclusive",
-    claims.NOT_JUDGED: "verdict-unjudged",
-    claims.OTHER_PRESET: "verdict-unjudged",
-}
 
 
 def page(built_book, name):
@@ -159,36 +152,6 @@ def test_each_chapter_shows_the_parameters_of_the_run(built_book, chapter):
     for name, value in chapters.preset_parameters(chapter, PRESET).items():
         written = json.dumps(value).replace("true", "True").replace("false", "False")  # papermill's quotes, Python's words
         assert re.search(rf"^{name} = {re.escape(written)}$", shown, re.MULTILINE), name
-
-
-@pytest.mark.parametrize("claim", claims.load_claims())
-def test_the_ledger_has_a_row_with_a_verdict_for_every_claim(built_book, claim):
-    rows = [r for r in article(built_book, "claims").select("tr") if r.td and words(r.td) == claim]
-    assert len(rows) == 1
-    badge = rows[0].select_one(".verdict")
-    assert VERDICTS[words(badge)] in badge["class"]
-    chapter = claims.load_claims()[claim].chapter
-    if chapter in CHAPTERS:
-        assert rows[0].find("a", href=f"executed/{chapter}.html")
-    assert len(rows[0].find_all("td")) == 4
-
-
-def test_the_ledger_counts_its_verdicts_rightly(built_book):
-    shown = article(built_book, "claims")
-    badges = [words(b) for b in shown.select("td .verdict")]
-    said = re.findall(r"(\d+)\s+(holds|fails|inconclusive|not judged)", words(shown.find("p")))
-    assert {v: int(n) for n, v in said} == {
-        v: sum(b.startswith(v) for b in badges) for v in (claims.HOLDS, claims.FAILS, claims.INCONCLUSIVE, claims.NOT_JUDGED)
-    }
-
-
-def test_the_figure_index_lists_figure_1_of_the_main_paper(built_book):
-    rows = [[words(d) for d in r.find_all("td")] for r in article(built_book, "figures").select("tr")]
-    assert any("Figure 1" in row for row in rows)
-    for row in article(built_book, "figures").select("tbody tr"):
-        link = row.find_all("td")[-1].find("a")
-        file, anchor = target(built_book / "figures.html", link["href"])
-        assert words(link) in words(parsed(file).find("figure", id=anchor).find("figcaption"))
 
 
 def test_the_search_index_knows_the_subject(built_book):

@@ -165,7 +165,8 @@ def test_the_index_has_every_figure_that_a_cell_reproduces_and_every_claim(place
     assert set(range(1, 17)) - numbers == {14, 15}  # the page says why
 
 
-def test_the_picture_is_drawn_without_stored_runs_and_says_so(chapter):
+@pytest.mark.usefixtures("chapter")
+def test_the_picture_is_drawn_without_stored_runs_and_says_so():
     found = picture.story("default")
     assert found.image.startswith(b"<?xml")
     assert found.image == picture.story("default").image  # nothing depends on the time

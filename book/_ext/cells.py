@@ -31,6 +31,7 @@ class CellAnchors(SphinxTransform):
             cell["ids"] += anchors
             cell["names"] += anchors
             self.document.note_explicit_target(cell, cell)
+            self.document.nameids.update({anchor: anchor for anchor in anchors})  # one cell may judge several claims
             _link_to_ledger(cell, claims, self.env.docname)
 
 

@@ -51,6 +51,7 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 
   form.addEventListener("input", remember);
+  form.addEventListener("change", remember);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(remember));
   /* links of the counts on this page change the filter without loading the page again */

@@ -1,9 +1,10 @@
 """The generated parts of the front page: the picture, the counts, and the sources with what they claim."""
 
 from ntklib import claims
-from ntklib.pages.ledger import count_table, filtered
+from ntklib.pages.ledger import count_table, counts, filtered
 from ntklib.pages.picture import Story
 
+PHRASES = {claims.HOLDS: "hold", claims.FAILS: "fail", claims.INCONCLUSIVE: "are inconclusive", claims.NOT_JUDGED: "are not judged"}
 PICTURE = "_generated/story.svg"  # counted from book/
 SAYS = {  # what each source claims, and where it is put to the test
     "trace": (
@@ -38,9 +39,10 @@ SAYS = {  # what each source claims, and where it is put to the test
 def summary(story: Story) -> str:
     """Markdown that the front page includes."""
     entries = claims.ledger()
+    found = ", ".join(f"{n} {said}" for v, said in PHRASES.items() if (n := counts(entries)[v]))
     lines = [
         f"```{{figure}} {PICTURE}", ":name: fig-story", f":alt: {story.alt}", "", story.caption, "```", "",
-        f"Of {len(entries)} claims, put to a test each, these hold and fail; every number leads to the claims behind it.\n",
+        f"Of {len(entries)} claims, {found}. Every number leads to the claims behind it.\n",
         count_table(entries),
     ]  # fmt: skip
     return "\n".join([*lines, "## What the five sources claim\n", *map(_source, SAYS)])

@@ -40,11 +40,11 @@ def story(preset: str) -> Story:
     import matplotlib as mpl
 
     plots.use_style()
-    fixed = {"svg.hashsalt": "story", "svg.fonttype": "path"}  # the same numbers give the same file
+    fixed: dict[Any, Any] = {"svg.hashsalt": "story", "svg.fonttype": "path"}  # the same numbers give the same file
     with mpl.rc_context({**fixed, "axes.labelsize": 10, "axes.titlesize": 10}):
         fig = plots.plt.figure(figsize=SIZE)
-        above, below = fig.subfigures(2, 1, height_ratios=[0.3, 0.7])
-        axes = [above.subplots(), *below.subplots(2, 2).flat]
+        parts: Any = fig.subfigures(2, 1, height_ratios=[0.3, 0.7])
+        axes = [parts[0].subplots(), *parts[1].subplots(2, 2).flat]
         words = [_verdicts(axes[0], claims.ledger())]
         words += [_panel(ax, draw, preset) for ax, draw in zip(axes[1:], CURVES, strict=True)]
         for letter, ax, title in zip("abcde", axes, TITLES, strict=True):
