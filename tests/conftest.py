@@ -56,6 +56,7 @@ NUMERIC = (
     "operator",
     "perturbation",
     "period_doubling",
+    "playground",
     "similarity",
     "sketch",
     "spectra",
