@@ -60,7 +60,8 @@ def entry(chapter: str) -> str:
     notebook: Any = nbformat.read(chapters.notebook_path(chapter), as_version=4)
     text = next(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     title, _, rest = text.partition("\n")
-    return f"- [{title.removeprefix('# ').strip()}]({chapter}.ipynb): {opening(rest)}"
+    title = title.removeprefix("# ").strip()
+    return f"- [{title}]({chapter}.ipynb){'' if title.endswith('?') else ':'} {opening(rest)}"
 
 
 def opening(text: str) -> str:
