@@ -1,8 +1,8 @@
 """Launch buttons: none without an address, and with one they open the source of the chapter, not its executed copy."""
 
-import contextlib
 import importlib.util
-import io
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,11 +83,8 @@ def test_a_misspelt_key_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("url", ["", ADDRESS])
 def test_the_theme_shows_the_buttons(tmp_path, url):
-    from sphinx.application import Sphinx
-
     (tmp_path / "executed").mkdir()
     (tmp_path / "conf.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'book' / '_ext')!r})\n"
@@ -98,10 +95,10 @@ def test_the_theme_shows_the_buttons(tmp_path, url):
     (tmp_path / "intro.md").write_text("# Intro\n\n```{toctree}\nexecuted/ema\n```\n", encoding="utf-8")
     (tmp_path / "executed" / "ema.md").write_text("# A chapter\n", encoding="utf-8")
     out = tmp_path / "out"
-    with contextlib.redirect_stderr(io.StringIO()):
-        Sphinx(tmp_path, tmp_path, out, tmp_path / "trees", "html", status=None).build()
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", str(tmp_path), str(out)]
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     page = BeautifulSoup((out / "executed" / "ema.html").read_text(encoding="utf-8"), "html.parser")
-    links = {a["href"] for a in page.select(".header-article a[href]") if "mybinder" in a["href"] or "colab" in a["href"]}
+    links = {a["href"] for a in page.select("a[href]") if "mybinder" in a["href"] or "colab" in a["href"]}
     wanted = {b["url"] for b in buttons("executed/ema", url=url)[0]["buttons"]} if url else set()
     assert links == wanted
     assert bool(page.select_one(f"a[href='{ADDRESS}']")) == bool(url)
