@@ -30,7 +30,8 @@ class Picture:
     height = 2.9  # inches
 
     def __init__(self) -> None:
-        self.figure = Figure(figsize=(COLUMN, self.height), layout="none", dpi=LIVE_DPI, facecolor="white")
+        self.figure = Figure(figsize=(COLUMN, self.height), dpi=LIVE_DPI, facecolor="white")
+        self.figure.set_layout_engine("none")
         self._canvas = FigureCanvasAgg(self.figure)
         self.axes: list[Axes] = list(np.atleast_1d(self.figure.subplots(1, self.columns)))
         self.figure.subplots_adjust(left=0.085, right=0.985, bottom=0.175, top=0.96, wspace=0.05 + 0.12 * self.columns)
