@@ -37,7 +37,8 @@ check: venv
 
 lab: venv
 	@$(PY) -m ntklib.start_page
-	$(PY) -m jupyterlab --notebook-dir=. "--LabApp.default_url=/lab/tree/notebooks/start.md?factory=Markdown%20Preview"
+	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/start.md \
+		--LabApp.app_settings_dir="$(CURDIR)/tools/jupyterlab"
 
 bench: venv
 	@$(PYTHON) tools/setup_venv.py $(VENV) book dev bench

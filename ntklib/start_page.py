@@ -17,21 +17,23 @@ PATH = "start.md"  # in the folder of the notebooks; written by `make lab`, not 
 HEAD = """<!-- Written by `make lab` from the chapters: edit those instead. -->
 # Start here
 
-Click on a chapter to open it. **To change something**, edit a value in the one cell of parameters near its top and choose
+Click on a chapter to open it. To change something, edit a value in the one cell of parameters near its top and choose
 *Run > Run All Cells*.
 
-- What was computed before with the same values is loaded from `runs/`, not trained again. The first run of a chapter takes minutes on
-  two cores; a run that you interrupt goes on where it stopped. After `make book` all chapters are there at their default values.
-- For a quick look, copy the values of [presets/smoke.yml](presets/smoke.yml) for the chapter into its cell of parameters: every cell
-  then runs in seconds, on networks too small to say anything. [presets/paper.yml](presets/paper.yml) has the sources' own settings.
-- Claims are judged only at the values a claim asks for; with others the chapter says so.
+- What was computed before with the same values is loaded from `runs/`, not trained again. The first run of a chapter takes
+  minutes on two cores; a run that you interrupt goes on where it stopped. After `make book` all chapters are there at their
+  default values.
+- For a quick look, copy the values of [presets/smoke.yml](presets/smoke.yml) for the chapter into its cell of parameters: it
+  then takes seconds, on networks too small to say anything. [presets/paper.yml](presets/paper.yml) has the sources' own settings.
+- A claim is judged only at the preset that it asks for; with other values the chapter says so.
 - To try things out without waiting, open the [playground](playground.ipynb): four small experiments with sliders.
 """
 FOOT = """
 ## From a terminal
 
-`python -m ntklib run NAME -p PARAMETER VALUE` runs a chapter with a changed parameter, `python -m ntklib run NAME --preset smoke` a small
-one, and `python -m ntklib claims` prints the verdicts. More is on the book's page [Running it again](../book/rerun.md).
+`python -m ntklib run NAME -p PARAMETER VALUE` runs a chapter with a changed parameter, `python -m ntklib run NAME --preset smoke`
+a small one, and `python -m ntklib claims` prints the verdicts. More is on the book's page
+[Running it again](../book/rerun.md).
 """
 
 
@@ -58,7 +60,8 @@ def entry(chapter: str) -> str:
     notebook: Any = nbformat.read(chapters.notebook_path(chapter), as_version=4)
     text = next(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     title, _, rest = text.partition("\n")
-    return f"- [{title.removeprefix('# ').strip()}]({chapter}.ipynb): {opening(rest)}"
+    title = title.removeprefix("# ").strip()
+    return f"- [{title}]({chapter}.ipynb){'' if title.endswith('?') else ':'} {opening(rest)}"
 
 
 def opening(text: str) -> str:

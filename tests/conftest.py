@@ -57,6 +57,7 @@ NUMERIC = (
     "operator",
     "perturbation",
     "period_doubling",
+    "playground",
     "similarity",
     "sketch",
     "spectra",

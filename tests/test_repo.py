@@ -161,7 +161,7 @@ def test_a_notebook_reads_well(chapter):
 def test_every_figure_has_a_caption_and_alternative_text(chapter):
     names = []
     for i, cell in cells(chapter):
-        if "plt.show()" in cell.source:
+        if "plt.show()" in cell.source or "playground.show(" in cell.source:
             mystnb = cell.metadata.get("mystnb", {})
             assert mystnb.get("image", {}).get("alt"), f"cell {i} of {chapter} has no alternative text"
             assert len(mystnb["figure"]["caption"]) > 60, f"cell {i} of {chapter} has no caption"

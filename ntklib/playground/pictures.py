@@ -15,6 +15,7 @@ from ntklib.playground.instruments import EdgePath, MapOrbit, Spectrum, TraceCur
 from ntklib.plots import COLUMN, MARKERS, PALETTE
 
 LIVE_DPI = 110
+FIXED: Any = "none"  # the style's layout engine would be at work in every drawing; matplotlib's annotations leave out this value
 RANKS = ("effective rank", "participation ratio", "stable rank")
 GHOST = {"color": "0.65", "linewidth": 1.2, "linestyle": "-", "zorder": 1}  # the curve before the last change
 
@@ -30,7 +31,7 @@ class Picture:
     height = 2.9  # inches
 
     def __init__(self) -> None:
-        self.figure = Figure(figsize=(COLUMN, self.height), layout="none", dpi=LIVE_DPI, facecolor="white")
+        self.figure = Figure(figsize=(COLUMN, self.height), dpi=LIVE_DPI, facecolor="white", layout=FIXED)
         self._canvas = FigureCanvasAgg(self.figure)
         self.axes: list[Axes] = list(np.atleast_1d(self.figure.subplots(1, self.columns)))
         self.figure.subplots_adjust(left=0.085, right=0.985, bottom=0.175, top=0.96, wspace=0.05 + 0.12 * self.columns)
