@@ -56,6 +56,8 @@ NUMERIC = (
     "operator",
     "perturbation",
     "period_doubling",
+    "probes",
+    "scenarios",
     "similarity",
     "sketch",
     "spectra",
