@@ -317,6 +317,7 @@ def normalized_curve(
     ax.fill_between(scaled.index, mean - sem, mean + sem, color="black", alpha=0.2, linewidth=0)
     ax.plot(scaled.index, mean, color="black", linewidth=1.1)
     ax.set(xscale="log", ylim=(-0.08, 1.08))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
 
 

@@ -18,8 +18,17 @@ from ntklib.probes import Gauges
 from ntklib.settings import Settings, SupervisedSettings
 from ntklib.text import unknown
 from ntklib.training import (
-    State, cross_entropy, fixmatch, full_batch_adamw, gradient_descent, half_mse, log_steps, loop_by_optimizer, loss_by_name,
-    pseudo_label_loss, steps_per_epoch,
+    State,
+    cross_entropy,
+    fixmatch,
+    full_batch_adamw,
+    gradient_descent,
+    half_mse,
+    log_steps,
+    loop_by_optimizer,
+    loss_by_name,
+    pseudo_label_loss,
+    steps_per_epoch,
 )  # fmt: skip
 
 FITTED = 1000  # examples at most on which the training accuracy is measured

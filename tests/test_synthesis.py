@@ -1,5 +1,6 @@
 """The probes against their definitions by loops, and times of rest, events, cones and coincidences on made-up histories."""
 
+import inspect
 import math
 from itertools import permutations
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from reference_spectra import distance_by_definition, hessian_by_definition
 from torch import nn
 from torch.nn import functional as F
 
+from ntklib import plots
 from ntklib import synthesis as syn
 from ntklib.models import ModularTransformer
 from ntklib.probes import Gauges, log_probes, measure_probes, targets_as_numbers, task_accuracy, task_measures
@@ -58,8 +60,8 @@ def test_the_probes_of_one_network_are_their_definitions(c, signs):
         for a in range(c):
             slopes += float(torch.autograd.grad(model(leaf[i : i + 1])[0, a], leaf, retain_graph=True)[0].square().sum())
     assert found["perturbation"] == pytest.approx(slopes / (6 * c), rel=1e-10)
-    loss = lambda: g.loss(model(g.objective[0]), g.objective[1])
-    top = float(torch.linalg.eigvalsh(hessian_by_definition(model, loss))[-1])
+    hessian = hessian_by_definition(model, lambda: g.loss(model(g.objective[0]), g.objective[1]))
+    top = float(torch.linalg.eigvalsh(hessian)[-1])
     assert found["sharpness"] == pytest.approx(top, rel=1e-3)  # the square of a residual of 2 %
 
 
@@ -103,7 +105,10 @@ def test_logged_distances_lead_to_distance_angle_and_velocity():
         log_probes(log, SimpleNamespace(step=step), model, g, memory)
         kernels[step] = reduce_by_definition(ntk_by_definition(model, g.probe[0], g.probe[0]), "trace")
     table = syn.probe_table(pd.DataFrame(rows))
-    angle = lambda a, b: math.acos(1 - distance_by_definition(kernels[a], kernels[b]))
+
+    def angle(a, b):
+        return math.acos(1 - distance_by_definition(kernels[a], kernels[b]))
+
     assert list(table.columns) == list(syn.PROBES)
     assert table["distance"].tolist() == pytest.approx([0, *(distance_by_definition(kernels[0], kernels[t]) for t in (2, 6))])
     assert table["angle"].tolist() == pytest.approx([angle(0, 6), angle(2, 6), 0])
@@ -256,10 +261,13 @@ def test_every_scenario_trains_and_is_measured_the_same_each_time(name):
     def history():
         s = scenario(name, {**SMALL[name], "seed": 3, "device": "cpu"}, num_kernel=6, num_measured=6)
         scene, rows, memory = stage(s), [], {}
-        wanted = {k: v for k, v in s.flat().items() if k in scene.loop.__kwdefaults__ or k in scene.loop.__annotations__}
-        log = lambda state, split="", layer="", **q: rows.extend((state.step, split, layer, k, v) for k, v in q.items())
-        known = {k: v for k, v in wanted.items() if k not in ("device",)}
-        for state in scene.loop(*scene.arguments, **{**known, **scene.options}, measure_at=scene.marks(6, 1)):
+        keywords = [p.name for p in inspect.signature(scene.loop).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        given = {k: v for k, v in s.flat().items() if k in keywords} | scene.options
+
+        def log(state, *, split="", layer="", **quantities):
+            rows.extend((state.step, split, layer, k, v) for k, v in quantities.items())
+
+        for state in scene.loop(*scene.arguments, **given, measure_at=scene.marks(6, 1)):
             log_probes(log, state, scene.at(state), scene.gauges, memory)
         return scene, rows
 
@@ -315,3 +323,25 @@ def test_what_the_chapter_judges_on_made_up_times():
     assert found["N143"] == pytest.approx([(math.log(2) + math.log(4)) / 2])
     assert found["N144"] == pytest.approx([0.0])
     assert found["N145"] == pytest.approx([-math.log(2)])
+
+
+def test_a_normalized_panel_runs_from_0_to_1_on_its_scale_and_shows_the_events_there_are():
+    ax = plots.figure()[1]
+    table = pd.DataFrame({"a": [1.0, 10.0, 100.0], "b": [4.0, 40.0, 400.0]}, index=[1, 2, 4])
+    plots.normalized_curve(ax, table, logarithmic=True, events={"one": 2.0, "none": math.nan})
+    event, mean = ax.lines
+    assert list(event.get_xdata()) == [2, 2]
+    assert list(mean.get_ydata()) == pytest.approx([0, 0.5, 1])
+    plots.plt.close("all")
+
+
+def test_a_map_of_ratios_writes_them_frames_the_marked_and_hatches_the_missing():
+    ax = plots.figure()[1]
+    values = pd.DataFrame({"loss": [math.log(2), math.nan]}, index=["trace", "KTA"])
+    plots.ratio_map(ax, values, values > 0, limit=3)
+    assert [t.get_text() for t in ax.texts] == ["2"]
+    frame, hatched = ax.patches
+    assert frame.get_xy() == pytest.approx((-0.46, -0.46))
+    assert not frame.get_fill()
+    assert (hatched.get_xy(), hatched.get_hatch()) == ((-0.5, 0.5), "////")
+    plots.plt.close("all")
