@@ -19,6 +19,7 @@ PROBES = tuple(LOGARITHMIC)
 EVENTS = ("training accuracy", "test accuracy", "loss", "phase boundary")
 SHARE_OF_FINAL = 0.99  # of its last value, that an accuracy has to reach
 STEP_SHARE = 0.75  # of the variance of a straight line that two levels explain: more makes a boundary
+CONE_SHARE = 0.5  # of the first kernel's angle to the axis of the late ones, within which a kernel is in their cone
 SPLIT = "probe"
 
 
@@ -111,9 +112,9 @@ def event_times(history: pd.DataFrame, tolerance: float) -> dict[str, float]:
 def cone_entry(history: pd.DataFrame, late_share: float = 1 / 3) -> float:
     """Return the step from which on the kernel's direction stays in the cone of the late kernels; nan without a cone.
 
-    The cone has the mean direction of the last ``late_share`` of the measured kernels for its axis, and the largest of their angles
-    to it for its opening. All late kernels are in it by construction; a path that only drifts enters with the first of them. So an
-    entry counts only if at least one earlier kernel is inside.
+    The axis is the mean direction of the last ``late_share`` of the measured kernels. As in the criterion of the cone chapter
+    (claim D4), a kernel is in the cone when its angle to the axis is at most half of that of the first kernel; there is no cone if
+    a late kernel is outside, or if the first one never was.
 
     Raises:
         ValueError: If the share is not between 0 and 1.
@@ -124,9 +125,9 @@ def cone_entry(history: pd.DataFrame, late_share: float = 1 / 3) -> float:
     steps, angle = path_of(history)
     late = np.arange(len(steps))[-max(2, math.ceil(late_share * (len(steps) - 1))) :]
     away = angles_to_axis(angle, late)
-    outside = np.flatnonzero(away > away[late].max() * (1 + 1e-9))
+    outside = np.flatnonzero(away > CONE_SHARE * away[0])
     entry = int(outside[-1]) + 1 if len(outside) else 0
-    return float(steps[entry]) if 0 < entry < late[0] else math.nan
+    return float(steps[entry]) if 0 < entry <= late[0] else math.nan
 
 
 def coincidence(first: Sequence[float], second: Sequence[float], factor: float, needed: int = 2) -> tuple[Measured, int, bool]:

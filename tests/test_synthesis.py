@@ -178,11 +178,16 @@ def test_a_phase_boundary_is_a_step_of_the_velocity_and_no_power_law():
     assert math.isnan(syn.event_times(run_with(angle=power).history, 0.1)["phase boundary"])
 
 
-def test_a_kernel_enters_its_cone_before_the_late_kernels_or_there_is_none():
+def test_a_kernel_enters_the_cone_at_half_of_the_first_angle_to_the_late_ones():
     jumping = [0.0, 0.1, 0.2, 0.3, 1.0, 1.02, 0.99, 1.01, 1.0, 0.98, 1.02, 1.0]
     assert syn.cone_entry(run_with(angle=jumping).history) == 8
-    assert math.isnan(syn.cone_entry(run_with(angle=np.linspace(0, 1, 12)).history))  # a drift
-    assert math.isnan(syn.cone_entry(run_with(angle=[1.0] * 11 + [0.9]).history))  # inside from the start
+    drift = np.linspace(0, 1, 12)  # the axis is at 19/22, the angle of the last four: in from 10/22 on, the sixth of all
+    assert syn.cone_entry(run_with(angle=drift).history) == 16
+    back = [0.0, 1.0, 1.0, 1.0, 1.0, 0.4, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert syn.cone_entry(run_with(angle=back).history) == 32  # it leaves once more
+    wide = [0.9, *[0.5] * 7, 0.0, 1.0, 0.0, 1.0]  # late kernels are farther apart than half of the first angle
+    assert math.isnan(syn.cone_entry(run_with(angle=wide).history))
+    assert math.isnan(syn.cone_entry(run_with().history))  # nothing moves
     with pytest.raises(ValueError, match="late_share must be between 0 and 1. Got 1"):
         syn.cone_entry(run_with().history, 1)
 
