@@ -307,7 +307,7 @@ def normalized_curve(
         events: Event -> time, drawn as lines in the style of ``event_style``; nan is left out.
     """
     values = table.astype(float).replace([np.inf, -np.inf], np.nan)
-    values = np.log(values.where(values > 0)) if logarithmic else values
+    values = values.where(values > 0).apply(np.log) if logarithmic else values
     span = (values.max() - values.min()).replace(0.0, np.nan)
     scaled = ((values - values.min()) / span).dropna(how="all")
     mean, sem = scaled.mean(axis=1), scaled.sem(axis=1).fillna(0.0)

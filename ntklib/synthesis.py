@@ -37,7 +37,7 @@ def probe_table(history: pd.DataFrame) -> pd.DataFrame:
     steps, angle = path_of(history)
     velocity = np.diagonal(angle, 1) / np.diff(steps)
     more = {"distance": 1 - np.cos(angle[0]), "angle": angle[-1], "velocity": [math.nan, *velocity]}
-    return table.assign(**more)[list(PROBES)]
+    return pd.DataFrame(table.assign(**more), columns=list(PROBES))
 
 
 def path_of(history: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
