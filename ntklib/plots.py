@@ -309,7 +309,7 @@ def normalized_curve(
     values = table.astype(float).replace([np.inf, -np.inf], np.nan)
     values = values.where(values > 0).apply(np.log) if logarithmic else values
     span = (values.max() - values.min()).replace(0.0, np.nan)
-    scaled = ((values - values.min()) / span).dropna(how="all")
+    scaled = pd.DataFrame((values - values.min()) / span).dropna(how="all")
     mean, sem = scaled.mean(axis=1), scaled.sem(axis=1).fillna(0.0)
     for i, time in enumerate((events or {}).values()):
         if np.isfinite(time):
