@@ -101,8 +101,10 @@ _HOMES = {
     "ntklib.modular_settings": ["ModularSettings"],
     "ntklib.period_doubling": ["doublings", "mode_sharpness", "two_period_orbit"],
     "ntklib.phases": ["rank_correlation"],
+    "ntklib.probes": ["Gauges", "followed_sharpness", "log_probes", "measure_probes", "task_accuracy", "task_measures"],
     "ntklib.reference": ["load_reference"],
     "ntklib.runs": ["Run", "RunResult", "combine", "with_quantity"],
+    "ntklib.scenarios": ["Scenario", "Scene", "scenario", "stage"],
     "ntklib.settings": [
         "ConeSettings",
         "FullBatchSettings",
@@ -133,6 +135,17 @@ _HOMES = {
     ],
     "ntklib.svm": ["SVMSolution", "svm_dual"],
     "ntklib.sweeps": ["distinct", "gather", "sweep", "variants"],
+    "ntklib.synthesis": [
+        "chance_share",
+        "coincidence",
+        "coincidences",
+        "cone_entry",
+        "event_times",
+        "probe_table",
+        "rest_time",
+        "rest_times",
+        "shuffle_test",
+    ],
     "ntklib.training": [
         "ExponentialAverages",
         "accuracy",

@@ -82,16 +82,16 @@ def smallest_rank_correlation(curves: Sequence[Sequence[float]]) -> float:
 
 
 def settling_time(epoch: Sequence[float], value: Sequence[float], *, tolerance: float = 0.1, measure: str = "log") -> float:
-    """Return the first time from which on a positive quantity stays within ``tolerance`` of its final value.
+    """Return the first time from which on a quantity stays within ``tolerance`` of its final value.
 
     Args:
         epoch: Ascending times.
-        value: Positive quantity at these times.
+        value: The quantity at these times; positive for ``"log"``.
         tolerance: Largest deviation, exclusive: of the logarithm, or as a fraction of the range (largest minus smallest value).
         measure: ``"log"`` or ``"range"``.
 
     Raises:
-        ValueError: If lengths differ, a value is not positive and finite, or the measure is unknown.
+        ValueError: If lengths differ, a value is not finite (and positive for ``"log"``), or the measure is unknown.
     """
     t, v = np.asarray(epoch, dtype=float), np.asarray(value, dtype=float)
     if not len(t) == len(v) >= 1:
@@ -99,8 +99,11 @@ def settling_time(epoch: Sequence[float], value: Sequence[float], *, tolerance: 
         raise ValueError(msg)
     if measure not in ("log", "range"):
         raise ValueError(unknown("measure", measure, ("log", "range")))
-    log = _log(v)
-    away = np.abs(log - log[-1]) if measure == "log" else np.abs(v - v[-1]) / (np.ptp(v) or 1.0)
+    if not np.isfinite(v).all():
+        msg = f"value must be finite. Got {v[~np.isfinite(v)][0]}."
+        raise ValueError(msg)
+    scaled, unit = (_log(v), 1.0) if measure == "log" else (v, float(np.ptp(v)) or 1.0)
+    away = np.abs(scaled - scaled[-1]) / unit
     outside = np.flatnonzero(away >= tolerance)
     return float(t[outside[-1] + 1]) if len(outside) else float(t[0])
 

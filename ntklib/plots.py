@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 PALETTE = sns.color_palette("colorblind")
@@ -307,3 +307,65 @@ def value_map(ax: Axes, table: pd.DataFrame, label: str = "", *, limits: tuple[f
     if label:
         ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
     return ax
+
+
+def normalized_curve(
+    ax: Axes, table: pd.DataFrame, *, logarithmic: bool = False, events: Mapping[str, float] | None = None
+) -> Axes:
+    """Draw the curves of several runs, each mapped to [0, 1] by its own range, as mean and band of one standard error.
+
+    Args:
+        ax: A small panel; its abscissa is made logarithmic, its ticks are left to the caller.
+        table: One row per step, one column per run.
+        logarithmic: Whether the logarithm is mapped.
+        events: Event -> time, drawn as lines in the style of ``event_style``; nan is left out.
+    """
+    values = table.astype(float).replace([np.inf, -np.inf], np.nan)
+    values = values.where(values > 0).apply(np.log) if logarithmic else values
+    span = (values.max() - values.min()).replace(0.0, np.nan)
+    scaled = pd.DataFrame((values - values.min()) / span).dropna(how="all")
+    mean, sem = scaled.mean(axis=1), scaled.sem(axis=1).fillna(0.0)
+    for i, time in enumerate((events or {}).values()):
+        if np.isfinite(time):
+            ax.axvline(time, **event_style(i))
+    ax.fill_between(scaled.index, mean - sem, mean + sem, color="black", alpha=0.2, linewidth=0)
+    ax.plot(scaled.index, mean, color="black", linewidth=1.1)
+    ax.set(xscale="log", ylim=(-0.08, 1.08))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    return ax
+
+
+def event_style(index: int) -> dict[str, Any]:
+    """Colour and dashes of the line of an event, by its place in the list of events."""
+    return {"color": PALETTE[(0, 1, 2, 4)[index % 4]], "linestyle": ("-", "--", "-.", ":")[index % 4], "linewidth": 1.3}
+
+
+def ratio_map(ax: Axes, values: pd.DataFrame, marks: pd.DataFrame, *, limit: float, label: str = "") -> Any:
+    """Show a table of log ratios as a heat map with the ratios written in; nan is an empty, hatched cell.
+
+    Args:
+        ax: Axes to draw on.
+        values: Natural logarithms of ratios, rows from above.
+        marks: Same shape; cells that are true are framed.
+        limit: Logarithm at which the colours end.
+        label: Label of the abscissa.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    numbers = values.to_numpy(dtype=float)
+    image = ax.imshow(numbers, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
+    for (i, j), value in np.ndenumerate(numbers):
+        if not np.isfinite(value):
+            ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor="0.93", edgecolor="0.75", hatch="////", linewidth=0))
+            continue
+        ratio = np.exp(value)
+        text = f"{ratio:.2g}" if 0.01 <= ratio < 99.5 else f"{ratio:.0e}"
+        ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if abs(value) > 0.75 * limit else "black")
+        if bool(marks.to_numpy()[i, j]):
+            ax.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor="black", linewidth=1.8))
+    ax.set_xticks(range(values.shape[1]), [str(c) for c in values.columns], rotation=90, fontsize=7)
+    ax.set_yticks(range(values.shape[0]), [str(r) for r in values.index], fontsize=8)
+    ax.tick_params(length=0)
+    ax.set_xlabel(label, fontsize=8)
+    return image

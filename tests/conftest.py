@@ -58,6 +58,8 @@ NUMERIC = (
     "perturbation",
     "period_doubling",
     "playground",
+    "probes",
+    "scenarios",
     "similarity",
     "sketch",
     "spectra",
