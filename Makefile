@@ -46,6 +46,6 @@ bench: venv
 	$(PY) -m benchmarks $(BENCH)
 
 clean:
-	rm -rf _build book/executed book/claims.md book/figures.md .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build book/executed book/claims.md book/figures.md book/_generated .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -type d -prune -exec rm -rf {} +
 	@echo "computed runs are kept in runs/; remove that folder to compute everything again"
