@@ -114,7 +114,7 @@ def test_every_image_has_an_alternative_text(built_book):
 @pytest.mark.parametrize("name", PAGES)
 def test_no_markup_is_left_over_in_the_text(built_book, name):
     copy = BeautifulSoup(str(article(built_book, name)), "html.parser")
-    for element in copy.select("pre, code, .math, script, style"):
+    for element in copy.select("pre, code, .math, .sig, script, style"):
         element.decompose()
     assert not re.findall(r".{0,30}(?:\$|\\\w|\{\w+\}|\]\(|`).{0,30}", copy.get_text())
 

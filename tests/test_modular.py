@@ -381,7 +381,7 @@ def test_the_model_is_left_as_it_was_and_the_global_generator_moves_on():
     ("options", "message"),
     [
         ({"method": "jvpp"}, "Unknown method 'jvpp'. Did you mean 'jvp'"),
-        ({"method": "perturbation"}, "requires epsilon > 0. Got epsilon=None"),
+        ({"method": "perturbation"}, "requires epsilon > 0.*Got epsilon=None"),
         ({"epsilon": 0.1}, "epsilon belongs to method='perturbation' only. Got epsilon=0.1 with method='exact'"),
         ({"method": "jvp", "num_samples": 0}, "num_samples must be at least 1. Got 0"),
     ],

@@ -15,6 +15,9 @@ from ntklib import estimator_table
 ARRAY = re.compile(r"(?:~?jaxtyping\.)?[A-Z]\w+\[(?:~?torch\.|~?numpy\.)?(Tensor|ndarray), '([^']*)'\]")
 BOUNDED = re.compile(r"(?:~?typing\.)?Annotated\[([\w.~]+(?:\[[^][]*\])?), (?:[^][]|\[[^][]*\])*\]")  # innermost first
 
+# what viewcode puts before a definition: it takes the names of a module to be entered alike, in the package or in the module
+BACK_LINK = re.compile(r'<a class="viewcode-back" href="([^"#]*#([^"]*))">[^<]*</a>')
+
 
 class Entries(SphinxDirective):
     """Names of a module, the argument: an overview by autosummary, then every entry by autodoc."""
@@ -80,7 +83,7 @@ def _short(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, signa
 def _readable(text: str | None) -> str | None:
     if text is None:
         return None
-    text = ARRAY.sub(_shape, text)
+    text = re.sub(r"<[^<>]*>", "...", ARRAY.sub(_shape, text))  # a default that is no expression, such as <factory>
     while (plainer := BOUNDED.sub(r"\1", text)) != text:
         text = plainer
     return text
@@ -91,10 +94,29 @@ def _shape(found: re.Match[str]) -> str:
     return f"{found[1]}[{', '.join(axes)}]"
 
 
+def _mend_back_links(app: Sphinx, page: str, _template: str, context: dict[str, Any], _doctree: Any) -> None:
+    """Lead from the source of a module to the entries of its names, which stand under the package or under the module."""
+    if not page.startswith("_modules/ntklib/"):
+        return
+    entries = app.env.get_domain("py").objects  # type: ignore[attr-defined]
+    module = page.removeprefix("_modules/").replace("/", ".")
+
+    def mended(link: re.Match[str]) -> str:
+        name = link[2].removeprefix("ntklib.")
+        entry = entries.get(f"ntklib.{name}") or entries.get(f"{module}.{name.removeprefix(module.removeprefix('ntklib.') + '.')}")
+        if entry is None:
+            return ""
+        address = f"{app.builder.get_relative_uri(page, entry.docname)}#{entry.node_id}"
+        return link[0].replace(link[1], address)
+
+    context["body"] = BACK_LINK.sub(mended, context["body"])
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the parts; called by Sphinx."""
     app.add_directive("entries", Entries)
     app.add_directive("measured-estimators", MeasuredEstimators)
     app.add_post_transform(NamesToLinks)
     app.connect("autodoc-process-signature", _short)
+    app.connect("html-page-context", _mend_back_links)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
