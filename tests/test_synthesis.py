@@ -307,26 +307,31 @@ def test_wrong_scenarios_are_refused(name, options, message):
 
 
 def test_what_the_chapter_judges_on_made_up_times():
-    index = pd.MultiIndex.from_product([["a", "b"], [0, 1]], names=["scenario", "seed"])
-    rests = pd.DataFrame({p: [8.0, 8.0, 64.0, 64.0] for p in syn.PROBES}, index=index)
-    rests["distance"] = [4.0, 4.0, 16.0, 16.0]
-    rests["norm"] = [8.0, 8.0, math.nan, math.nan]
-    events = pd.DataFrame({e: [8.0, 8.0, 2.0, 2.0] for e in syn.EVENTS}, index=index)
-    runs = {name: [made_up({}), made_up({})] for name in ("a", "b")}
-    entry = pd.Series([4.0, 4.0, math.nan, math.nan], index)
+    index = pd.MultiIndex.from_product([["a", "b", "c", "d"], [0, 1]], names=["scenario", "seed"])
+    never = [math.nan, math.nan]
+    rests = pd.DataFrame({p: [8.0, 8.0, *never, *never, *never] for p in syn.PROBES}, index=index)
+    rests["trace"] = [8.0, 8.0, 64.0, 64.0, *never, *never]
+    rests["distance"] = [4.0, 4.0, 16.0, 16.0, *never, *never]
+    rests["norm"] = [16.0, 16.0, 32.0, 32.0, *never, *never]  # after the trace in one scenario, before it in the other
+    rests["kta"] = [32.0, 32.0, 32.0, 32.0, 32.0, 32.0, *never]
+    events = pd.DataFrame({e: [2.0] * 8 for e in syn.EVENTS}, index=index)
+    events["training accuracy"] = [8.0, 8.0, 64.0, 64.0, 2.0, 2.0, 2.0, 2.0]
+    events["test accuracy"] = [8.0, 8.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    events["loss"] = 32.0
+    runs = {name: [made_up({}), made_up({})] for name in "abcd"}
+    entry = pd.Series([4.0, 4.0, *never, *never, *never], index)
     scores = syn.coincidences(rests, events, 1.5)
     cells = Cells(
         "synthesis", rests=rests, events=events, runs=runs, scores=scores, entry=entry, known={}, num_seeds=2, LABELS={},
-        steps=dict.fromkeys("ab", STEPS), rows=list(syn.PROBES), factor=1.5, tolerance=0.1,
+        steps=dict.fromkeys("abcd", STEPS), rows=list(syn.PROBES), factor=1.5, tolerance=0.1,
     )  # fmt: skip
     found = cells.run("wins = scores", '"N141"', "def near", "def paired", '"N144"', "settled = rests")
-    assert found["N140"] == pytest.approx([0.5])  # the trace meets each event in one scenario of two
-    assert found["N141"] == pytest.approx([0.5])
-    near_a = 8 / 9 - 1 / 9  # eight of nine probes at the event, chance one step of nine
-    near_b = 0 - 1 / 9
-    assert found["N142"] == pytest.approx([(near_a + near_b) / 2])
+    assert found["N140"] == pytest.approx([2 / 4])  # with the training accuracy in a and b
+    assert found["N141"] == pytest.approx([1 / 4])  # test accuracy in a alone
+    close = {"a": (6 + 6 + 1 + 0) / 36, "b": (1 + 0 + 2 + 0) / 16, "c": (0 + 0 + 1 + 0) / 4}  # by event; in d no probe rests
+    assert found["N142"] == pytest.approx([sum(close.values()) / 3 - 1 / 9])  # nine admissible steps, one of them at each event
     assert found["N143"] == pytest.approx([(math.log(2) + math.log(4)) / 2])
-    assert found["N144"] == pytest.approx([0.0])
+    assert found["N144"] == pytest.approx([math.log(2)])
     assert found["N145"] == pytest.approx([-math.log(2)])
 
 
