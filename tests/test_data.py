@@ -400,9 +400,11 @@ def test_a_file_that_is_no_image_is_named(root):
 def test_more_images_than_memory_are_refused_before_any_is_decoded(root, monkeypatch):
     write_imagenet(root)
     monkeypatch.setattr(folders, "_decode", None)
-    monkeypatch.setattr(folders.psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * folders.FLOAT_BYTES))
-    with pytest.raises(MemoryError, match=r"9 images of 224 x 224 .* Take a subset: num_train and num_test together at most 2\."):
-        load("imagenet")
+    monkeypatch.setattr(folders.psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * folders.IMAGE_BYTES))
+    for counts, total in (({}, 9 + 4), ({"num_train": 2}, 2 + 4), ({"num_test": 1}, 9 + 1)):  # a part alone may well fit
+        message = rf"^{total} images of 224 x 224 .* Take a subset: num_train and num_test together at most 5\."
+        with pytest.raises(MemoryError, match=message):
+            load("imagenet", **counts)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from platformdirs import user_cache_dir
 from torch import Tensor
 
-from ntklib.data.folders import FolderError, ImageFiles, image_folders
+from ntklib.data.folders import FolderError, ImageFiles, check_memory, image_folders
 from ntklib.data.subsets import balanced_indices
 from ntklib.random import stream
 from ntklib.text import check_known
@@ -116,6 +116,8 @@ def load(name: str, *, num_train: int | None = None, num_test: int | None = None
     """
     check_name(name)
     train, test = LOADERS[name]()
+    if isinstance(train[0], ImageFiles):  # before the first image is decoded
+        check_memory((num_train or len(train[0])) + (num_test or len(test[0])))
     (x_train, y_train), (x_test, y_test) = (_subset(*train, num_train, seed), _subset(*test, num_test, seed))
     mean, std = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
     for x in (x_train, x_test):

@@ -11,7 +11,7 @@ import psutil
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".ppm", ".bmp", ".webp")
 SIDE, SHORTER = 224, 256  # pixels of the crop, and of the shorter side before it
-FLOAT_BYTES = 4 * 3 * SIDE**2  # of one decoded image in float32
+IMAGE_BYTES = (1 + 4) * 3 * SIDE**2  # of one image: decoded, and in float32
 
 
 class FolderError(ValueError):
@@ -35,11 +35,9 @@ class ImageFiles:
         """Decode the selected files to uint8 ``[n, 224, 224, 3]``, as many at a time as there are cores.
 
         Raises:
-            MemoryError: If the images would not fit into the free memory; nothing is decoded then.
             FolderError: If a file is no image.
         """
         chosen = self.paths[index] if isinstance(index, slice) else [self.paths[i] for i in index]
-        _check_memory(len(chosen))
         images = np.empty((len(chosen), SIDE, SIDE, 3), np.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and scaling leave Python's lock
             for place, image in enumerate(pool.map(_decode, chosen)):
@@ -47,12 +45,13 @@ class ImageFiles:
         return images
 
 
-def _check_memory(count: int) -> None:
-    needed, free = count * FLOAT_BYTES, psutil.virtual_memory().available
+def check_memory(count: int) -> None:
+    """Raise ``MemoryError`` if so many decoded images, training and test images together, would not fit into the free memory."""
+    needed, free = count * IMAGE_BYTES, psutil.virtual_memory().available
     if needed > free:
         msg = (
-            f"{count:,} images of {SIDE} x {SIDE} pixels need {needed / 2**30:.0f} GiB in float32, and {free / 2**30:.0f} GiB of "
-            f"memory are free. Take a subset: num_train and num_test together at most {free // (2 * FLOAT_BYTES):,}."
+            f"{count:,} images of {SIDE} x {SIDE} pixels need {needed / 2**30:.0f} GiB as bytes and in float32, and "
+            f"{free / 2**30:.0f} GiB of memory are free. Take a subset: num_train and num_test together at most {free // IMAGE_BYTES:,}."
         )
         raise MemoryError(msg)
 

@@ -1,6 +1,7 @@
 """The pictures of the playground: figures that are built once, and whose lines then move."""
 
 import io
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ RANKS = ("effective rank", "participation ratio", "stable rank")
 GHOST = {"color": "0.65", "linewidth": 1.2, "linestyle": "-", "zorder": 1}  # the curve before the last change
 
 
-class Picture:
+class Picture(ABC):
     """A figure with its artists.
 
     Axes, ticks and words cost far more to draw than lines. They are drawn once and kept as pixels, on which the lines are drawn
@@ -43,17 +44,17 @@ class Picture:
         self.values: dict[str, Any] = {}  # arguments of the instrument behind what is shown
         self.build()
 
+    @abstractmethod
     def build(self) -> None:
         """Make axes, labels and empty artists."""
-        raise NotImplementedError
 
+    @abstractmethod
     def move(self, result: Any) -> None:
         """Put the artists where a result wants them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def words(self, result: Any) -> str:
         """What the picture shows, in a sentence with numbers; the alternative text of the picture."""
-        raise NotImplementedError
 
     def backdrop(self) -> Any:
         """What else than the limits of the axes a change of would make the kept pixels wrong."""
