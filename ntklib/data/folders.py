@@ -51,7 +51,8 @@ def check_memory(count: int) -> None:
     if needed > free:
         msg = (
             f"{count:,} images of {SIDE} x {SIDE} pixels need {needed / 2**30:.0f} GiB as bytes and in float32, and "
-            f"{free / 2**30:.0f} GiB of memory are free. Take a subset: num_train and num_test together at most {free // IMAGE_BYTES:,}."
+            f"{free / 2**30:.0f} GiB of memory are free. Take a subset: num_train and num_test together at most "
+            f"{free // IMAGE_BYTES:,}."
         )
         raise MemoryError(msg)
 
