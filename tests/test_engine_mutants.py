@@ -58,7 +58,7 @@ def without_bias(factor):
 
 
 def forget_ones(single):
-    return lambda self, u, g, _ones: single(self, u, g, False)
+    return lambda self, *factors_and_ones: single(self, *factors_and_ones[:-1], False)
 
 
 def twice(method):
@@ -133,7 +133,7 @@ SEEN_BY_TESTS: dict[str, tuple[str, Mutant]] = {
     "everything is of rank one": ("conv2d", changed(contract, "rank_one", lambda _: rank_one_of_anything)),
     "an unweighted channel": (
         "pooled head",
-        changed(contract.Diagonal, "channels", lambda f: lambda self, w, s: f(self, w.abs().sqrt(), s)),
+        changed(contract.Diagonal, "channels", lambda f: lambda self, w1, s1, w2, s2: f(self, w1.abs().sqrt(), s1, w2, s2)),
     ),
     "padding counts": (
         "padding index",

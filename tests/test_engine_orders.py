@@ -92,18 +92,23 @@ def test_factors_contract_to_products_of_their_gradients(kind, name, seen, monke
     if not seen:
         monkeypatch.setattr(contract, "rank_one", lambda _: None)
     factor, j = FACTORS[name], written_out(FACTORS[name])
-    for n1 in (None, 2) if kind != "norms" else (None,):
-        n2 = {None: N, 2: 4}[n1]  # blocks compare the first set, example by example, with a second of the same size
-        first, second = (j, j) if n1 is None else (j[:2], j[2:n2] if kind == "blocks" else j[2:])
-        part = factor if n1 is None or kind != "blocks" else cut(factor, n2)
+    for n1 in (None, 2):
+        n2 = {None: N, 2: 4}[n1]
+        paired = kind in ("blocks", "norms")  # compare the first set, example by example, with a second of the same size
+        first, second = (j, j) if n1 is None else (j[:2], j[2:n2] if paired else j[2:])
+        part = factor if n1 is None or not paired else cut(factor, slice(n2))
         sums = ACCUMULATORS[kind](N if part is factor else n2, K, n1, j)
         for _ in range(2):
             sums.add(part)
         assert_kernel(sums.result(), 2 * expected(kind, first, second))
+        if n1 is not None:
+            apart = ACCUMULATORS[kind](N if part is factor else n2, K, n1, j)
+            apart.add(cut(part, slice(0, n1)), cut(part, slice(n1, None)))
+            assert_kernel(apart.result(), expected(kind, first, second))
 
 
-def cut(factor: Factor, n: int) -> Factor:
-    return Rows(factor.j[:n]) if isinstance(factor, Rows) else Outer(factor.u[:n], factor.g[:n], factor.bias)
+def cut(factor: Factor, part: slice) -> Factor:
+    return Rows(factor.j[part]) if isinstance(factor, Rows) else Outer(factor.u[part], factor.g[part], factor.bias)
 
 
 def test_gradients_of_rank_one_are_recognised_and_others_are_not():

@@ -1,10 +1,13 @@
 """Gradients written out a block at a time, their rank-one structure, and the blocks of a symmetric matrix."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 BUDGET = 32 * 2**20  # bytes of written-out gradients held at a time
 
@@ -22,47 +25,74 @@ class Scratch:
         return self.memory[:size].view(shape)
 
 
-def write_out(u: Tensor, g: Tensor, scratch: Scratch) -> Iterator[Tensor]:
-    """Gradients in blocks of inputs and output channels, ``[n, k, block]``, from ``u [n, t, d]`` and ``g [n, k, t, o]``.
+def alike(f: Callable[[Tensor], Result], first: Tensor, second: Tensor) -> tuple[Result, Result]:
+    """``f`` of both, computed once where they are the same tensor."""
+    one = f(first)
+    return one, one if second is first else f(second)
 
-    Every block is written over the one before it.
+
+def write_out(u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, scratch: Scratch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradients of two sets in blocks of inputs and output channels, ``[n, k, block]``.
+
+    From ``u [n, t, d]`` and ``g [n, k, t, o]``. Every block is written over the one before it. Where the sets are the same tensors,
+    so are the blocks.
     """
-    (n, _, d), k, o = u.shape, g.shape[1], g.shape[3]
-    room = BUDGET // (n * k * u.element_size())  # numbers of one example and output
+    d, k, o = u1.shape[2], g1.shape[1], g1.shape[3]
+    n1, n2 = len(u1), 0 if g2 is g1 else len(u2)
+    room = BUDGET // ((n1 + n2) * k * u1.element_size())  # numbers of one example and output
     channels = min(o, max(64, math.isqrt(room)))
     inputs = max(1, min(d, room // channels))
     for i in range(0, o, channels):
         for first in range(0, d, inputs):
-            part, seen = g[..., i : i + channels], u[..., first : first + inputs].mT
-            j = scratch(n, k, seen.shape[1], part.shape[3])
-            for a in range(k):
-                torch.bmm(seen, part[:, a], out=j[:, a])
-            yield j.flatten(2)
+            j = scratch(n1 + n2, k, min(inputs, d - first), min(channels, o - i))
+            sets = [(u1, g1, j[:n1])] + [(u2, g2, j[n1:])] * (n2 > 0)
+            for u, g, out in sets:
+                part, seen = g[..., i : i + channels], u[..., first : first + inputs].mT
+                for a in range(k):
+                    torch.bmm(seen, part[:, a], out=out[:, a])
+            j = j.flatten(2)
+            yield j[:n1], j[n1:] if n2 else j
 
 
-def channel_blocks(w: Tensor, m: Tensor, u: Tensor, scratch: Scratch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of channels (w[k,o], s[o,n,:] = sum_t m[n,t,o] u[n,t,:]) of a rank-one factor, each over the one before it."""
-    (n, _, d), o = u.shape, w.shape[1]
-    step = max(16, BUDGET // (n * d * u.element_size()))
+def channel_blocks(
+    w1: Tensor, m1: Tensor, u1: Tensor, w2: Tensor, m2: Tensor, u2: Tensor, scratch: Scratch
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Blocks of channels, w[k,o] and s[o,n,:] = sum_t m[n,t,o] u[n,t,:], of rank-one factors of two sets.
+
+    Every block is written over the one before it.
+    """
+    d, o = u1.shape[2], w1.shape[1]
+    n1, n2 = len(u1), 0 if u2 is u1 else len(u2)
+    step = max(16, BUDGET // ((n1 + n2) * d * u1.element_size()))
     for i in range(0, o, step):
-        part = m[..., i : i + step]
-        s = scratch(n, part.shape[2], d)
-        yield w[:, i : i + step], torch.bmm(part.mT, u, out=s).transpose(0, 1)
+        s = scratch(n1 + n2, min(step, o - i), d)
+        torch.bmm(m1[..., i : i + step].mT, u1, out=s[:n1])
+        if n2:
+            torch.bmm(m2[..., i : i + step].mT, u2, out=s[n1:])
+        s = s.transpose(0, 1)
+        yield w1[:, i : i + step], s[:, :n1], w2[:, i : i + step], s[:, n1:] if n2 else s
 
 
-def write_out_groups(u: Tensor, g: Tensor) -> Iterator[Tensor]:
+def write_out_groups(u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """As ``write_out`` for blocks of groups, from ``u [n, t, groups, d]`` and ``g [n, k, t, groups, o]``."""
-    (n, _, groups, d), k, o = u.shape, g.shape[1], g.shape[4]
-    step = max(1, BUDGET // (n * k * d * o * u.element_size()))
+    (n, _, groups, d), k, o = u1.shape, g1.shape[1], g1.shape[4]
+    n = n if g2 is g1 else n + len(u2)
+    step = max(1, BUDGET // (n * k * d * o * u1.element_size()))
+
+    def written(u: Tensor, g: Tensor, i: int) -> Tensor:
+        return torch.einsum("nktgo,ntgd->nkgod", g[..., i : i + step, :], u[:, :, i : i + step]).flatten(2)
+
     for i in range(0, groups, step):
-        yield torch.einsum("nktgo,ntgd->nkgod", g[..., i : i + step, :], u[:, :, i : i + step]).flatten(2)
+        j = written(u1, g1, i)
+        yield j, j if g2 is g1 else written(u2, g2, i)
 
 
-def used_positions(g: Tensor) -> Tensor | None:
-    """Positions t of ``g [n, k, t, ...]`` that are not 0 throughout, such as that of a class token; None if these are all."""
-    if bool((g[0] != 0).any(0).flatten(1).any(1).all()):
+def used_positions(*gradients: Tensor) -> Tensor | None:
+    """Positions t of some ``g [n, k, t, ...]`` that are not 0 throughout, such as that of a class token; None if these are all."""
+    if any(bool((g[0] != 0).any(0).flatten(1).any(1).all()) for g in gradients):
         return None
-    used = (g != 0).any(0).any(0).flatten(1).any(1)
+    each = [(g != 0).any(0).any(0).flatten(1).any(1) for g in gradients]
+    used = torch.stack(each).any(0)
     used[0] |= not bool(used.any())  # one at least
     return used.nonzero()[:, 0]
 

@@ -10,10 +10,14 @@ With J[n,k,:,:] = sum_t G[n,k,t,:] U[n,t,:]^T (o x d numbers) the product of two
 Multiply-adds are counted before choosing. Sums over pairs of examples are formed above the diagonal only, then mirrored.
 """
 
+from collections.abc import Iterator
+from typing import cast
+
 from torch import Tensor
 
 from ntklib.kernels.blocks import (
     Scratch,
+    alike,
     block_slices,
     channel_blocks,
     mirror,
@@ -30,11 +34,11 @@ _ROWS = 160  # rows of a kernel formed at a time: enough for a full-speed produc
 class Accumulator:
     """Sum over factors of the kernel between two sets of examples, in one of five shapes.
 
-    The examples of every factor are those of the first set followed by those of the second (``n1`` given), or one set only
-    (``n1=None``: the kernel is symmetric). ``K`` output directions.
+    A factor holds the examples of the first set followed by those of the second (``n1`` given), or one set only (``n1=None``: the
+    kernel is symmetric). ``K`` output directions.
 
     Args:
-        n: Number of examples in the factors.
+        n: Number of examples, of both sets together.
         k: Number of output directions.
         n1: Size of the first set, or None.
         like: Dtype and device of the result.
@@ -46,70 +50,82 @@ class Accumulator:
     def __init__(self, n: int, k: int, n1: int | None, like: Tensor, scratch: Scratch | None = None) -> None:
         self.scratch = scratch if scratch is not None else Scratch(like)
         self.symmetric = n1 is None
-        self.first = slice(0, n if n1 is None else n1)
-        self.second = slice(0 if n1 is None else n1, n)
-        self.n1, self.n2, self.k = self.first.stop, n - self.second.start, k
+        self.n1, self.n2, self.k = (n, n, k) if n1 is None else (n1, n - n1, k)
         self.half = 0.55 if self.symmetric else 1.0  # share of pairs formed
         self.total = like.new_zeros(self.shape())
 
     def shape(self) -> tuple[int, ...]:
         raise NotImplementedError
 
-    def add(self, factor: Factor) -> None:
-        """Add the contribution of one factor."""
-        if isinstance(factor, Rows):
-            self.rows(factor.j.to(self.total.dtype))  # of a part of the model in another precision
-            return
-        if factor.g.dtype != self.total.dtype:
-            factor = Outer(factor.u.to(self.total.dtype), factor.g.to(self.total.dtype), factor.bias)
-        used = used_positions(factor.g) if factor.u.shape[1] > 1 else None
-        if used is not None:
-            factor = Outer(factor.u[:, used], factor.g[:, :, used], factor.bias)
-        t = factor.u.shape[1]
-        if factor.bias and (t > 1 or factor.u.shape[2] > 1):
-            self.rows(factor.g.sum(2).flatten(2))
-        groups = factor.u.shape[2]
-        if groups > 1 and self._explicit(factor.u[:, :, 0], factor.g[..., 0, :]):
-            for j in write_out_groups(factor.u, factor.g):
-                self.rows(j)
-            return
-        for i in range(groups):
-            u, g = factor.u[:, :, i], factor.g[..., i, :]
-            if t == 1:
-                self.single(u[:, 0], g[:, :, 0], factor.bias and groups == 1)
-            else:
-                self._positions(u, g)
+    def add(self, factor: Factor, second: Factor | None = None) -> None:
+        """Add the contribution of one factor.
 
-    def _positions(self, u: Tensor, g: Tensor) -> None:
-        """A factor with several positions, ``u [n, t, d]`` and ``g [n, k, t, o]``."""
-        split = rank_one(g)
-        if split is not None:
-            for w, s in channel_blocks(*split, u, self.scratch):
-                self.channels(w, s)
+        Args:
+            factor: Of both sets, or of the first alone.
+            second: Of the second set, where ``factor`` is of the first alone; both are of the same kind.
+        """
+        dtype = self.total.dtype  # part of the model may be in another precision
+        if isinstance(factor, Rows):
+            j = factor.j.to(dtype)
+            self.rows(*(self._sets(j) if second is None else (j, cast("Rows", second).j.to(dtype))))
             return
-        if self._explicit(u, g):
-            for j in write_out(u, g, self.scratch):
-                self.rows(j)
+        u, g = factor.u.to(dtype), factor.g.to(dtype)
+        (u1, u2), (g1, g2) = self._sets(u), self._sets(g)
+        if second is not None:
+            other = cast("Outer", second)
+            u1, g1, u2, g2 = u, g, other.u.to(dtype), other.g.to(dtype)
+        self._outer(*_used(u1, g1, u2, g2), bias=factor.bias)
+
+    def _sets(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts of the two sets; the same tensor twice where there is one set."""
+        return (x, x) if self.symmetric else (x[: self.n1], x[self.n1 :])
+
+    def _outer(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, *, bias: bool) -> None:
+        """A factor as in ``Outer``, of the first and of the second set."""
+        t, groups = u1.shape[1:3]
+        if bias and (t > 1 or groups > 1):
+            self.rows(*alike(lambda g: g.sum(2).flatten(2), g1, g2))
+        if groups > 1 and self._explicit(u1[:, :, 0], g1[..., 0, :]):
+            for j1, j2 in write_out_groups(u1, g1, u2, g2):
+                self.rows(j1, j2)
+            return
+        for v1, h1, v2, h2 in _groups(u1, g1, u2, g2):
+            if t == 1:
+                self.single(v1[:, 0], h1[:, :, 0], v2[:, 0], h2[:, :, 0], bias and groups == 1)
+            else:
+                self._positions(v1, h1, v2, h2)
+
+    def _positions(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
+        """A factor with several positions, ``u [n, t, d]`` and ``g [n, k, t, o]``."""
+        splits = alike(rank_one, g1, g2)
+        if splits[0] is not None and splits[1] is not None:
+            for blocks in channel_blocks(*splits[0], u1, *splits[1], u2, self.scratch):
+                self.channels(*blocks)
+            return
+        if self._explicit(u1, g1):
+            for j1, j2 in write_out(u1, g1, u2, g2, self.scratch):
+                self.rows(j1, j2)
         else:
-            self.contracted(u, g)
+            self.contracted(u1, g1, u2, g2)
 
     def _explicit(self, u: Tensor, g: Tensor) -> bool:
-        explicit, contracted = self.costs(len(u), self.k, u.shape[1], u.shape[2], g.shape[3])
+        n = self.n1 if self.symmetric else self.n1 + self.n2
+        explicit, contracted = self.costs(n, self.k, u.shape[1], u.shape[2], g.shape[3])
         return explicit <= contracted
 
-    def rows(self, j: Tensor) -> None:
+    def rows(self, j1: Tensor, j2: Tensor) -> None:
         """Add for gradients ``[n, k, p]``."""
         raise NotImplementedError
 
-    def single(self, u: Tensor, g: Tensor, ones: bool) -> None:
+    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
         """Add for one position, ``u [n, d]`` and ``g [n, k, o]``; ``ones`` counts a bias too."""
         raise NotImplementedError
 
-    def channels(self, w: Tensor, s: Tensor) -> None:
+    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
         """Add for J[n,k,o] = w[k,o] s[o,n]."""
         raise NotImplementedError
 
-    def contracted(self, u: Tensor, g: Tensor) -> None:
+    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
         raise NotImplementedError
 
     def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
@@ -118,6 +134,24 @@ class Accumulator:
 
     def result(self) -> Tensor:
         return self.total
+
+
+def _groups(u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """One group after the other, without its axis; of one set the same tensors twice."""
+    us, gs = alike(lambda u: u.unbind(2), u1, u2), alike(lambda g: g.unbind(3), g1, g2)
+    for i in range(u1.shape[2]):
+        yield us[0][i], gs[0][i], us[1][i], gs[1][i]
+
+
+def _used(u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The positions at which some gradient is not 0."""
+    if u1.shape[1] == 1:
+        return u1, g1, u2, g2
+    used = used_positions(g1) if g1 is g2 else used_positions(g1, g2)
+    if used is None:
+        return u1, g1, u2, g2
+    (u1, u2), (g1, g2) = alike(lambda u: u[:, used], u1, u2), alike(lambda g: g[:, :, used], g1, g2)
+    return u1, g1, u2, g2
 
 
 class Full(Accumulator):
@@ -131,37 +165,37 @@ class Full(Accumulator):
         explicit = n * k * t * d * o + pairs * k * k * d * o
         return explicit, pairs * (t * t * d + k * o * t * t + k * k * o * t)
 
-    def rows(self, j: Tensor) -> None:
-        j1, j2 = j[self.first].flatten(0, 1), j[self.second].flatten(0, 1)
+    def rows(self, j1: Tensor, j2: Tensor) -> None:
+        j1, j2 = alike(lambda j: j.flatten(0, 1), j1, j2)
         step = max(64, min(_ROWS, len(j1) // 4)) if self.symmetric else len(j1)
         for i in range(0, len(j1), step):
             start = i if self.symmetric else 0
             self.total[i : i + step, start:].addmm_(j1[i : i + step], j2[start:].T)
 
-    def single(self, u: Tensor, g: Tensor, ones: bool) -> None:
-        a = u[self.first] @ u[self.second].T + float(ones)
-        k, g1, g2 = self.k, g[self.first].flatten(0, 1), g[self.second].flatten(0, 1)
+    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
+        a = u1 @ u2.T + float(ones)
+        k, (g1, g2) = self.k, alike(lambda g: g.flatten(0, 1), g1, g2)
         for i, j in block_slices(self.n1, self.n2, max(1, _ROWS // k), symmetric=self.symmetric):
             rows, columns = slice(i.start * k, i.stop * k), slice(j.start * k, j.stop * k)
             block = (g1[rows] @ g2[columns].T).unflatten(0, (-1, k))
             self.total[rows, columns].unflatten(0, (-1, k)).addcmul_(block, a[i, j].repeat_interleave(k, 1)[:, None])
 
-    def channels(self, w: Tensor, s: Tensor) -> None:
-        h = (s[:, self.first] @ s[:, self.second].mT).flatten(1)  # [o, n1 n2]
-        pairs = (w[:, None] * w[None]).flatten(0, 1)  # [k k, o]
+    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
+        h = (s1 @ s2.mT).flatten(1)  # [o, n1 n2]
+        pairs = (w1[:, None] * w2[None]).flatten(0, 1)  # [k k, o]
         block = (pairs @ h).view(self.k, self.k, self.n1, self.n2)
         self.total.view(self.n1, self.k, self.n2, self.k).add_(block.permute(2, 0, 3, 1))
 
-    def contracted(self, u: Tensor, g: Tensor) -> None:
-        n, t, d = u.shape
-        k, o = g.shape[1], g.shape[3]
-        flat = g.transpose(2, 3).reshape(n, k * o, t)
-        v, right = u[self.second].reshape(-1, d), flat[self.second]
+    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
+        t, d = u2.shape[1:]
+        k, o = g2.shape[1], g2.shape[3]
+        left, right = alike(lambda g: g.transpose(2, 3).reshape(len(g), k * o, t), g1, g2)
+        v = u2.reshape(-1, d)
         for i in range(self.n1):
             start = i if self.symmetric else 0
-            c = (v[start * t :] @ u[i].T).view(-1, t, t)  # U' U^T
+            c = (v[start * t :] @ u1[i].T).view(-1, t, t)  # U' U^T
             h = (right[start:] @ c).reshape(-1, o * t)  # G' C, [n2 k, o t]
-            self.total[i * k : (i + 1) * k, start * k :].addmm_(flat[i].reshape(k, o * t), h.T)
+            self.total[i * k : (i + 1) * k, start * k :].addmm_(left[i].reshape(k, o * t), h.T)
 
     def result(self) -> Tensor:
         if self.symmetric:
@@ -179,32 +213,32 @@ class Trace(Accumulator):
         pairs = self.half * self.n1 * self.n2
         return n * k * t * d * o + pairs * k * d * o, pairs * t * t * (d + k * o)
 
-    def rows(self, j: Tensor) -> None:
-        j1, j2 = j[self.first].flatten(1), j[self.second].flatten(1)
+    def rows(self, j1: Tensor, j2: Tensor) -> None:
+        j1, j2 = alike(lambda j: j.flatten(1), j1, j2)
         step = _ROWS if self.symmetric else len(j1)
         for i in range(0, len(j1), step):
             start = i if self.symmetric else 0
             self.total[i : i + step, start:].addmm_(j1[i : i + step], j2[start:].T)
 
-    def single(self, u: Tensor, g: Tensor, ones: bool) -> None:
-        g = g.flatten(1)
+    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
+        g1, g2 = alike(lambda g: g.flatten(1), g1, g2)
         for i in range(0, self.n1, _ROWS):
             start = i if self.symmetric else 0
-            a = u[self.first][i : i + _ROWS] @ u[self.second][start:].T + float(ones)
-            self.total[i : i + _ROWS, start:].addcmul_(a, g[self.first][i : i + _ROWS] @ g[self.second][start:].T)
+            a = u1[i : i + _ROWS] @ u2[start:].T + float(ones)
+            self.total[i : i + _ROWS, start:].addcmul_(a, g1[i : i + _ROWS] @ g2[start:].T)
 
-    def channels(self, w: Tensor, s: Tensor) -> None:
-        s = (s * w.norm(dim=0)[:, None, None]).transpose(0, 1).flatten(1)
-        self.rows(s[:, None])
+    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
+        weighted = s1 * (w1 * w2).sum(0)[:, None, None]
+        self.rows(weighted.transpose(0, 1), s2.transpose(0, 1))
 
-    def contracted(self, u: Tensor, g: Tensor) -> None:
-        n, t, _ = u.shape
-        self._ghost(self.total, u.flatten(0, 1), g.transpose(1, 2).reshape(n * t, -1), t)
+    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
+        t = u1.shape[1]
+        g1, g2 = alike(lambda g: g.transpose(1, 2).reshape(len(g) * t, -1), g1, g2)
+        self._ghost(self.total, u1.flatten(0, 1), g1, u2.flatten(0, 1), g2, t)
 
-    def _ghost(self, total: Tensor, u: Tensor, g: Tensor, t: int) -> None:
+    def _ghost(self, total: Tensor, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, t: int) -> None:
         """Add sum_tt' (U U'^T)_tt' (G G'^T)_tt' for ``u [n t, d]`` and ``g [n t, p]``."""
         step = max(1, _ROWS // t)
-        u1, u2, g1, g2 = (x[s.start * t : s.stop * t] for x in (u, g) for s in (self.first, self.second))
         for i in range(0, self.n1, step):
             start = i if self.symmetric else 0
             rows = slice(i * t, (i + step) * t)
@@ -223,22 +257,22 @@ class Diagonal(Trace):
     def shape(self) -> tuple[int, ...]:
         return self.k, self.n1, self.n2
 
-    def rows(self, j: Tensor) -> None:
-        self.total.baddbmm_(j[self.first].transpose(0, 1), j[self.second].permute(1, 2, 0))
+    def rows(self, j1: Tensor, j2: Tensor) -> None:
+        self.total.baddbmm_(j1.transpose(0, 1), j2.permute(1, 2, 0))
 
-    def single(self, u: Tensor, g: Tensor, ones: bool) -> None:
-        a = u[self.first] @ u[self.second].T + float(ones)
+    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
+        a = u1 @ u2.T + float(ones)
         for k in range(self.k):
-            self.total[k].addcmul_(a, g[self.first, k] @ g[self.second, k].T)
+            self.total[k].addcmul_(a, g1[:, k] @ g2[:, k].T)
 
-    def channels(self, w: Tensor, s: Tensor) -> None:
-        h = s[:, self.first] @ s[:, self.second].mT
-        self.total += (w.square() @ h.flatten(1)).view_as(self.total)
+    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
+        self.total += ((w1 * w2) @ (s1 @ s2.mT).flatten(1)).view_as(self.total)
 
-    def contracted(self, u: Tensor, g: Tensor) -> None:
-        t = u.shape[1]
+    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
+        t = u1.shape[1]
+        v1, v2 = u1.flatten(0, 1), u2.flatten(0, 1)
         for k in range(self.k):
-            self._ghost(self.total[k], u.flatten(0, 1), g[:, k].flatten(0, 1), t)
+            self._ghost(self.total[k], v1, g1[:, k].flatten(0, 1), v2, g2[:, k].flatten(0, 1), t)
 
     def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
         pairs = self.half * self.n1 * self.n2
@@ -260,22 +294,22 @@ class Blocks(Accumulator):
     def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
         return float(n * k * t * d * o + self.n1 * k * k * d * o), float(self.n1 * (t * t * d + k * o * t * t + k * k * o * t))
 
-    def rows(self, j: Tensor) -> None:
-        self.total.baddbmm_(j[self.first], j[self.second].mT)
+    def rows(self, j1: Tensor, j2: Tensor) -> None:
+        self.total.baddbmm_(j1, j2.mT)
 
-    def single(self, u: Tensor, g: Tensor, ones: bool) -> None:
-        a = (u[self.first] * u[self.second]).sum(1) + float(ones)
-        self.total.baddbmm_(g[self.first] * a[:, None, None], g[self.second].mT)
+    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
+        a = (u1 * u2).sum(1) + float(ones)
+        self.total.baddbmm_(g1 * a[:, None, None], g2.mT)
 
-    def channels(self, w: Tensor, s: Tensor) -> None:
-        h = (s[:, self.first] * s[:, self.second]).sum(2).T  # [n, o]
-        self.total += (w * h[:, None]) @ w.T
+    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
+        h = (s1 * s2).sum(2).T  # [n, o]
+        self.total += (w1 * h[:, None]) @ w2.T
 
-    def contracted(self, u: Tensor, g: Tensor) -> None:
-        n, t, _ = u.shape
-        flat = g.transpose(2, 3).reshape(n, -1, t)
-        h = flat[self.second] @ (u[self.second] @ u[self.first].mT)
-        self.total.baddbmm_(flat[self.first].reshape(self.n1, self.k, -1), h.reshape(self.n1, self.k, -1).mT)
+    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
+        t = u1.shape[1]
+        left, right = alike(lambda g: g.transpose(2, 3).reshape(len(g), -1, t), g1, g2)
+        h = right @ (u2 @ u1.mT)
+        self.total.baddbmm_(left.reshape(self.n1, self.k, -1), h.reshape(self.n1, self.k, -1).mT)
 
     def result(self) -> Tensor:
         if self.symmetric:
@@ -284,7 +318,7 @@ class Blocks(Accumulator):
 
 
 class Norms(Accumulator):
-    """Theta[n,a,n,a] = ||J_na||^2, ``[n, k]``."""
+    """Theta[n,a,n,a], ``[n, k]``, of example n of the first set with example n of the second: ||J_na||^2 where these are one."""
 
     def shape(self) -> tuple[int, ...]:
         return self.n1, self.k
@@ -292,19 +326,19 @@ class Norms(Accumulator):
     def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
         return float(n * k * t * d * o), float(n * t * t * (d + k * o))
 
-    def rows(self, j: Tensor) -> None:
-        self.total += j.square().sum(2)
+    def rows(self, j1: Tensor, j2: Tensor) -> None:
+        self.total += (j1 * j2).sum(2)
 
-    def single(self, u: Tensor, g: Tensor, ones: bool) -> None:
-        self.total.addcmul_(u.square().sum(1, keepdim=True) + float(ones), g.square().sum(2))
+    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
+        self.total.addcmul_((u1 * u2).sum(1, keepdim=True) + float(ones), (g1 * g2).sum(2))
 
-    def channels(self, w: Tensor, s: Tensor) -> None:
-        self.total += s.square().sum(2).T @ w.square().T
+    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
+        self.total += (s1 * s2).sum(2).T @ (w1 * w2).T
 
-    def contracted(self, u: Tensor, g: Tensor) -> None:
-        c = u @ u.mT
-        for i in range(len(u)):
-            self.total[i] += ((c[i] @ g[i]) * g[i]).sum((1, 2))
+    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
+        c = u1 @ u2.mT
+        for i in range(len(u1)):
+            self.total[i] += ((c[i] @ g2[i]) * g1[i]).sum((1, 2))
 
 
 ACCUMULATORS: dict[str | None, type[Accumulator]] = {
