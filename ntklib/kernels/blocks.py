@@ -44,12 +44,15 @@ def write_out(u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, scratch: Scratch) 
     inputs = max(1, min(d, room // channels))
     for i in range(0, o, channels):
         for first in range(0, d, inputs):
-            j = scratch(n1 + n2, k, min(inputs, d - first), min(channels, o - i))
+            rows, columns = min(channels, o - i), min(inputs, d - first)
+            wide = columns > rows  # products run faster with the longer axis last
+            j = scratch(n1 + n2, k, *((rows, columns) if wide else (columns, rows)))
             sets = [(u1, g1, j[:n1])] + [(u2, g2, j[n1:])] * (n2 > 0)
             for u, g, out in sets:
-                part, seen = g[..., i : i + channels], u[..., first : first + inputs].mT
+                part, seen = g[..., i : i + channels], u[..., first : first + inputs]
                 for a in range(k):
-                    torch.bmm(seen, part[:, a], out=out[:, a])
+                    left, right = (part[:, a].mT, seen) if wide else (seen.mT, part[:, a])
+                    torch.bmm(left, right, out=out[:, a])
             j = j.flatten(2)
             yield j[:n1], j[n1:] if n2 else j
 

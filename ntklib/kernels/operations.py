@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ntklib.kernels import taps
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -144,7 +146,8 @@ class Convolution(Operation):
 
     def pull_back(self, g: Tensor) -> Tensor:
         # the transpose of a convolution; output_padding restores the rows that a stride leaves over
-        dims = len(self.stride)
+        assert self.weight is not None
+        dims, weight = len(self.stride), self.weight
         space = self.saved.shape[-dims:]
         inside = tuple(min(pair) for pair in self.padding)  # the rest is cut off below
         sizes = zip(space, g.shape[-dims:], self.stride, self._kernel, self.dilation, self.padding, strict=True)
@@ -153,23 +156,30 @@ class Convolution(Operation):
         transpose: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         lead = g.ndim - dims - 1
         flat = self._flat(g, lead)
+        if taps.worthwhile(flat, weight, self.groups):
+            before = tuple(before for before, _ in self.padding)
+            return taps.transposed(flat, weight, tuple(space), self.stride, before, self.dilation).unflatten(0, g.shape[:lead])
         if all(before == after for before, after in self.padding):
-            out = transpose(flat, self.weight, None, self.stride, inside, rest, self.groups, self.dilation)
+            out = transpose(flat, weight, None, self.stride, inside, rest, self.groups, self.dilation)
         else:
-            out = transpose(flat, self.weight, None, self.stride, 0, rest, self.groups, self.dilation)
+            out = transpose(flat, weight, None, self.stride, 0, rest, self.groups, self.dilation)
             for axis, ((before, _), h) in enumerate(zip(self.padding, space, strict=True)):
                 out = out.narrow(2 + axis, before, h)
         return out.unflatten(0, g.shape[:lead])
 
     def _patches(self) -> Tensor:
-        """What each output position sees of the input, ``[n, t, groups, d]``."""
+        """What each output position sees of the input, ``[n, t, groups, d]``; with groups, positions are innermost in memory."""
         dims, n = len(self.stride), len(self.saved)
         x = self._padded(self.saved)
+        x = x.contiguous() if self.groups > 1 else x
         for axis, (k, s, d) in enumerate(zip(self._kernel, self.stride, self.dilation, strict=True)):
             x = x.unfold(2 + axis, (k - 1) * d + 1, s)[..., ::d]  # [b, channels, *positions, *kernel]
-        x = x.unflatten(1, (self.groups, -1))
-        space, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
-        return x.permute(0, *space, 1, *kernel, 2).reshape(n, -1, self.groups, math.prod(self._kernel) * x.shape[2])
+        x = x.unflatten(1, (self.groups, -1)).unflatten(0, (n, -1))  # [n, lead, groups, channels, *positions, *kernel]
+        space, kernel = range(4, 4 + dims), range(4 + dims, 4 + 2 * dims)
+        size = math.prod(self._kernel) * x.shape[3]
+        if self.groups == 1:
+            return x.permute(0, 1, *space, 2, *kernel, 3).reshape(n, -1, 1, size)
+        return x.permute(0, 2, *kernel, 3, 1, *space).reshape(n, self.groups, size, -1).permute(0, 3, 1, 2)
 
     def factors(self, g: Tensor) -> Iterator[Emission]:
         dims = len(self.stride)
