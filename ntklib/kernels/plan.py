@@ -11,7 +11,10 @@ from ntklib.kernels.blocks import BUDGET
 from ntklib.kernels.streaming import Program
 
 SHARE = 0.5  # of free memory, that a kernel may take unless max_memory is given
-_ENOUGH = 512 * 2**20  # bytes beyond which larger chunks of single examples gain no speed
+# bytes of gradients beyond which larger chunks of single examples gain no speed; on a CPU smaller ones stay in memory that was
+# entered before
+_ENOUGH = {"cpu": 128 * 2**20}
+_ENOUGH_ELSEWHERE = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,10 @@ def make_plan(
     limit = max_memory if max_memory is not None else int(SHARE * free)
     if result > (limit if max_memory is not None else 0.9 * free):
         raise ValueError(_too_large("the result alone", result, limit if max_memory is not None else free))
-    working = limit - fixed if pairs else min(limit - fixed, _ENOUGH)
+    working = limit - fixed
+    if not pairs:
+        enough = _ENOUGH.get(program.like.device.type, _ENOUGH_ELSEWHERE)
+        working = min(working, enough + enough * program.size // max(1, c * program.size_k))
 
     def size(rows: int, k: int) -> int:
         written = min(BUDGET, rows * k * program.largest * width)
