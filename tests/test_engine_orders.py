@@ -1,5 +1,6 @@
 """Every order in which factors can be contracted gives what the written-out gradients give."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from engine_case import assert_kernel
 from engine_cases import truth
 from reference import reduce_by_definition
+from test_plan import PROGRAM
 
-from ntklib.kernels import blocks, contract, empirical_ntk, ntk_diagonal
-from ntklib.kernels.contract import ACCUMULATORS
+from ntklib.kernels import blocks, contract, empirical_ntk, evaluate, ntk_diagonal
+from ntklib.kernels.capture import CaptureError
+from ntklib.kernels.contract import ACCUMULATORS, Full
+from ntklib.kernels.gather import Gathered
 from ntklib.kernels.operations import Factor, Outer, Rows
+from ntklib.kernels.plan import pass_size
 from ntklib.random import stream
 
 ORDERS = {"explicit": (0.0, 1.0), "contracted": (1.0, 0.0), "by cost": None}
@@ -101,10 +106,6 @@ def test_factors_contract_to_products_of_their_gradients(kind, name, seen, monke
         for _ in range(2):
             sums.add(part)
         assert_kernel(sums.result(), 2 * expected(kind, first, second))
-        if n1 is not None:
-            apart = ACCUMULATORS[kind](N if part is factor else n2, K, n1, j)
-            apart.add(cut(part, slice(0, n1)), cut(part, slice(n1, None)))
-            assert_kernel(apart.result(), expected(kind, first, second))
 
 
 def cut(factor: Factor, part: slice) -> Factor:
@@ -144,3 +145,49 @@ def test_kernels_of_networks_do_not_depend_on_the_order(name):
             assert_kernel(found, reduce_by_definition(t.kernel(cross=cross), reduce))
     kernel = t.kernel()
     assert_kernel(ntk_diagonal(t.model, t.x1), torch.stack([kernel[i, i] for i in range(len(kernel))]))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    "name", [*SEVERAL, "linear", "self attention", "residual net", "modular addition transformer", "module used twice"]
+)
+def test_kernels_of_networks_do_not_depend_on_how_many_examples_pass_at_a_time(name, size, monkeypatch):
+    monkeypatch.setattr(evaluate, "pass_size", lambda *_: size)
+    t = truth(name)
+    for cross in (False, True):
+        for reduce in (None, "diagonal", "trace"):
+            found = empirical_ntk(t.model, t.x1, t.x2 if cross else None, reduce=reduce)
+            assert_kernel(found, reduce_by_definition(t.kernel(cross=cross), reduce))
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("few", [True, False], ids=["gradients are kept", "inputs and output gradients are kept"])
+@pytest.mark.usefixtures("order")
+def test_factors_put_together_from_passes_are_whole(name, few, monkeypatch):
+    factor = FACTORS[name]
+    if few and isinstance(factor, Outer):  # as many positions again, so that gradients are fewer numbers
+        factor = Outer(factor.u.repeat(1, 12, 1, 1), factor.g.repeat(1, 1, 12, 1, 1), factor.bias)
+    sums = Full(N, K, None, written_out(FACTORS[name]))
+    gathered = Gathered(N, lambda _: sums)
+    for part in (slice(0, 2), slice(2, N)):
+        gathered.visitor(part)((("w",), cut(factor, part)))
+    for _, whole in gathered.factors():
+        sums.add(whole)
+    j = written_out(factor)
+    assert_kernel(sums.result(), expected(None, j, j))
+
+
+def test_a_backward_pass_that_differs_from_call_to_call_is_an_error():
+    gathered = Gathered(4, lambda _: Full(4, K, None, normal(1)))
+    gathered.visitor(slice(0, 2))((("w",), Rows(normal(2, K, 4))))
+    with pytest.raises(CaptureError, match="differs from call to call"):
+        gathered.visitor(slice(2, 4))((("v",), Rows(normal(2, K, 4))))
+
+
+def test_few_examples_pass_at_a_time_where_their_factors_are_small_beside_the_networks_tensors():
+    program = replace(PROGRAM, size=10, size_k=10**6, kept=5, kept_k=10**5)
+    assert pass_size(program, 64, 10) == 3  # 128 MiB of 4 bytes, a million of them in each of ten directions
+    assert pass_size(program, 3, 10) == 3
+    assert pass_size(program, 4, 10) == 2  # two passes as even as can be
+    assert pass_size(replace(program, kept_k=6 * 10**5), 64, 10) == 64
+    assert pass_size(replace(program, like=torch.empty(0, 7, device="meta")), 64, 10) == 64

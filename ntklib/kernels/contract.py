@@ -11,7 +11,6 @@ Multiply-adds are counted before choosing. Sums over pairs of examples are forme
 """
 
 from collections.abc import Iterator
-from typing import cast
 
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from ntklib.kernels.blocks import (
     write_out,
     write_out_groups,
 )
-from ntklib.kernels.operations import Factor, Outer, Rows
+from ntklib.kernels.operations import Factor, Rows
 
 _ROWS = 160  # rows of a kernel formed at a time: enough for a full-speed product, few enough for triangles
 
@@ -57,23 +56,13 @@ class Accumulator:
     def shape(self) -> tuple[int, ...]:
         raise NotImplementedError
 
-    def add(self, factor: Factor, second: Factor | None = None) -> None:
-        """Add the contribution of one factor.
-
-        Args:
-            factor: Of both sets, or of the first alone.
-            second: Of the second set, where ``factor`` is of the first alone; both are of the same kind.
-        """
+    def add(self, factor: Factor) -> None:
+        """Add the contribution of one factor."""
         dtype = self.total.dtype  # part of the model may be in another precision
         if isinstance(factor, Rows):
-            j = factor.j.to(dtype)
-            self.rows(*(self._sets(j) if second is None else (j, cast("Rows", second).j.to(dtype))))
+            self.rows(*self._sets(factor.j.to(dtype)))
             return
-        u, g = factor.u.to(dtype), factor.g.to(dtype)
-        (u1, u2), (g1, g2) = self._sets(u), self._sets(g)
-        if second is not None:
-            other = cast("Outer", second)
-            u1, g1, u2, g2 = u, g, other.u.to(dtype), other.g.to(dtype)
+        (u1, u2), (g1, g2) = self._sets(factor.u.to(dtype)), self._sets(factor.g.to(dtype))
         self._outer(*_used(u1, g1, u2, g2), bias=factor.bias)
 
     def _sets(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +74,7 @@ class Accumulator:
         t, groups = u1.shape[1:3]
         if bias and (t > 1 or groups > 1):
             self.rows(*alike(lambda g: g.sum(2).flatten(2), g1, g2))
-        if groups > 1 and self._explicit(u1[:, :, 0], g1[..., 0, :]):
+        if groups > 1 and self.explicit(u1[:, :, 0], g1[..., 0, :]):
             for j1, j2 in write_out_groups(u1, g1, u2, g2):
                 self.rows(j1, j2)
             return
@@ -102,13 +91,14 @@ class Accumulator:
             for blocks in channel_blocks(*splits[0], u1, *splits[1], u2, self.scratch):
                 self.channels(*blocks)
             return
-        if self._explicit(u1, g1):
+        if self.explicit(u1, g1):
             for j1, j2 in write_out(u1, g1, u2, g2, self.scratch):
                 self.rows(j1, j2)
         else:
             self.contracted(u1, g1, u2, g2)
 
-    def _explicit(self, u: Tensor, g: Tensor) -> bool:
+    def explicit(self, u: Tensor, g: Tensor) -> bool:
+        """Whether gradients are written out, for ``u [n, t, d]`` and ``g [n, k, t, o]`` of some of the examples."""
         n = self.n1 if self.symmetric else self.n1 + self.n2
         explicit, contracted = self.costs(n, self.k, u.shape[1], u.shape[2], g.shape[3])
         return explicit <= contracted

@@ -13,9 +13,10 @@ from ntklib.checks import check_inputs, check_model, check_pair
 from ntklib.functional import Model, Params, functional_model, unwrap
 from ntklib.kernels.blocks import Scratch
 from ntklib.kernels.contract import ACCUMULATORS, Accumulator, Norms
+from ntklib.kernels.gather import Gathered
 from ntklib.kernels.known import fingerprint
 from ntklib.kernels.operations import Emission
-from ntklib.kernels.plan import Plan, Tile, directions, make_plan, tiles
+from ntklib.kernels.plan import Plan, Tile, directions, make_plan, pass_size, tiles
 from ntklib.kernels.streaming import Program, general_program, settings, structured_program
 from ntklib.progress import FILE
 from ntklib.text import check_known
@@ -162,7 +163,15 @@ def _tile(
         sums[keys[emission[0][0]]].add(emission[1])
         tick()
 
-    program.stream(x, v, visit)
+    size = pass_size(program, len(x), len(v))
+    if size == len(x):
+        program.stream(x, v, visit)
+    else:
+        gathered = Gathered(len(x), lambda names: sums[keys[names[0]]])
+        for i in range(0, len(x), size):
+            program.stream(x[i : i + size], v[:, i : i + size], gathered.visitor(slice(i, min(len(x), i + size))))
+        for emission in gathered.factors():
+            visit(emission)
     return {name: accumulator.result() for name, accumulator in sums.items()}
 
 

@@ -32,6 +32,8 @@ class Structure:
     dtype: torch.dtype
     size: int
     size_k: int
+    kept: int
+    kept_k: int
     largest: int
     cost_k: float
     emissions: int

@@ -124,6 +124,19 @@ def make_plan(
     return Plan(m, k, needed)
 
 
+def pass_size(program: Program, rows: int, k: int) -> int:
+    """Examples that go through the network at a time, of the ``rows`` of a tile and along ``k`` directions.
+
+    Fewer than all where that keeps the network's tensors in memory that was entered before, and the factors of all examples take at
+    most half of what these tensors would. On a CPU only: a GPU's memory costs nothing to enter.
+    """
+    enough = _ENOUGH.get(program.like.device.type)
+    if enough is None or 2 * (program.kept + k * program.kept_k) > program.size + k * program.size_k:
+        return rows
+    most = max(1, enough // max(1, k * program.size_k * program.like.element_size()))
+    return -(-rows // -(-rows // most))  # as even as can be
+
+
 def _too_large(what: str, needed: int, available: int) -> str:
     return (
         f"Memory must hold {what}: {needed:,} bytes. Got {available:,} bytes available. Take fewer examples, reduce='trace' or "

@@ -17,6 +17,7 @@ from ntklib.functional import Model, Params
 from ntklib.kernels import known
 from ntklib.kernels.capture import CaptureError, Survey, Use, Visit, Watch, lift
 from ntklib.kernels.contract import Norms
+from ntklib.kernels.gather import kept_numbers
 from ntklib.kernels.jacobian import jacobian
 from ntklib.kernels.known import Structure
 from ntklib.kernels.operations import Emission, Outer, Rows
@@ -35,6 +36,8 @@ class Program:
         like: Dtype and device of the outputs (an empty tensor).
         size: Numbers that one example needs, besides ``size_k`` for every output direction.
         size_k: See ``size``.
+        kept: Numbers that the factors of one example are kept in, besides ``kept_k`` for every output direction.
+        kept_k: See ``kept``.
         largest: Numbers of the largest parameter, whose gradients may be written out in blocks.
         cost_k: Multiply-adds to pull one output direction back and take its squared norm, in units of a forward pass.
         emissions: How often ``stream`` calls ``visit``.
@@ -46,6 +49,8 @@ class Program:
     like: Tensor
     size: int
     size_k: int
+    kept: int
+    kept_k: int
     largest: int
     cost_k: float
     emissions: int
@@ -159,7 +164,7 @@ def general_program(f: Model, params: Params, x: Tensor) -> Program:
         out = f(params, x[:1])
     p = sum(w.numel() for w in params.values())
     cost_k = 2.0  # backpropagation to inputs and to parameters
-    return Program(f, params, out.shape[1], out[:0], 2 * p, 2 * p, 0, cost_k, len(params))
+    return Program(f, params, out.shape[1], out[:0], 2 * p, 2 * p, 0, 2 * p, 0, cost_k, len(params))
 
 
 def _tracked(params: Params, leaves: frozenset[str]) -> Params:
@@ -185,7 +190,7 @@ def structured_program(f: Model, params: Params, x: Tensor, key: Hashable | None
         known.remember(key, structure)
         key = None
     like = torch.empty(0, structure.c, dtype=structure.dtype, device=x.device)
-    costs = {name: getattr(structure, name) for name in ("size", "size_k", "largest", "cost_k", "emissions")}
+    costs = {name: getattr(structure, name) for name in ("size", "size_k", "kept", "kept_k", "largest", "cost_k", "emissions")}
     return Structured(f, params, structure.c, like, **costs, leaves=structure.leaves, uses=structure.uses, key=key)
 
 
@@ -216,11 +221,14 @@ def _structure(params: Params, leaves: frozenset[str], notes: Survey, emissions:
     norms = Norms(1, 1, None, like)
     contraction = sum(groups * min(*norms.costs(1, 1, t, d, o)) if t > 1 else 0 for t, groups, d, o in shapes)
     written = sum(params[name].numel() for name in leaves)
+    kept, kept_k = (sum(numbers) for numbers in zip((0, 0), *(kept_numbers(factor) for _, factor in emissions), strict=True))
     return Structure(
         notes.c,
         like.dtype,
         size=notes.activations + max((factor.u.numel() for factor in outer), default=0),
         size_k=4 * notes.widest + 2 * written,
+        kept=kept,
+        kept_k=kept_k,
         largest=max((params[name].numel() for names, _ in emissions for name in names), default=0),
         cost_k=1.0 + contraction / forward,
         leaves=leaves,
