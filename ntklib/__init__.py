@@ -63,6 +63,7 @@ _HOMES = {
     "ntklib.grokking_settings": ["GrokkingSettings"],
     "ntklib.input_noise": ["logit_perturbation"],
     "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"],
+    "ntklib.large": ["LargeKernel", "large_ntk"],
     "ntklib.lazy": ["LazySettings", "lazy_problem"],
     "ntklib.lazy_history": [
         "decay_rate",
