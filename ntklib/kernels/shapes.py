@@ -4,9 +4,11 @@ A large kernel is computed by holding the factors of a chunk of rows and passing
 held as its gradients J or as its inputs and output gradients, whichever are fewer numbers; see ``LayerShape``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from ntklib.kernels.operations import Emission, Factor, Outer
 from ntklib.kernels.streaming import Program
 
 MOVE = 24  # multiply-adds in whose time a number goes to memory or comes from there, on processors and cards alike to a factor of 2
-LARGEST_PASS = 1024  # examples in a pass: more gain no speed
+PASSES = tuple(2**i for i in range(10, 3, -1))  # examples in a pass: more gain no speed, fewer are for want of memory only
 
 
 @dataclass(frozen=True)
@@ -171,20 +173,29 @@ class LargeCost:
         return 2 * (self.products + self.backprop)
 
 
-def row_slices(n: int, rows: int) -> list[slice]:
-    """Chunks of rows that are held."""
-    return [slice(i, min(n, i + rows)) for i in range(0, n, rows)]
-
-
-def column_slices(held: slice, n1: int, n2: int | None, columns: int) -> Iterator[tuple[int, slice]]:
-    """Chunks of columns that pass by the held rows, with the number of rows each meets.
+def block_counts(n1: int, n2: int | None, rows: int, columns: int) -> tuple[dict[tuple[int, int], int], int]:
+    """How many blocks there are of every size (rows, columns), and how many examples pass.
 
     Of a symmetric kernel (``n2`` None) the columns begin with the held rows, and each chunk meets the rows up to its own end.
     """
-    first, last = (held.start, n1) if n2 is None else (0, n2)
-    for i in range(first, last, columns):
-        stop = min(last, i + columns)
-        yield (min(held.stop, stop) if n2 is None else held.stop) - held.start, slice(i, stop)
+    starts = np.arange(0, n1, rows)
+    counts, passes = dict[tuple[int, int], int](), n1
+    for chunks in (starts[:-1], starts[-1:]):
+        if len(chunks) == 0:
+            continue
+        held = min(rows, n1 - int(chunks[0]))
+        total = n1 - chunks if n2 is None else np.full(len(chunks), n2)
+        before = -(-held // columns) - 1 if n2 is None else 0  # blocks that end before the held rows do
+        last = -(-total // columns) - 1
+        found = {((j + 1) * columns, columns): len(chunks) for j in range(before)}
+        found[held, columns] = found.get((held, columns), 0) + int((last - before).sum())
+        sizes, times = np.unique(total - last * columns, return_counts=True)
+        for size, count in zip(sizes.tolist(), times.tolist(), strict=True):
+            found[held, size] = found.get((held, size), 0) + count
+        for key, count in found.items():
+            counts[key] = counts.get(key, 0) + count
+        passes += int(total.sum())
+    return counts, passes
 
 
 def large_cost(layers: Sequence[LayerShape], n1: int, n2: int | None, rows: int, columns: int) -> LargeCost:
@@ -200,19 +211,13 @@ def large_cost(layers: Sequence[LayerShape], n1: int, n2: int | None, rows: int,
         rows: Examples held at a time.
         columns: Examples of a pass.
     """
-    passes, counts = n1, dict[tuple[int, int], int]()
-    for held in row_slices(n1, rows):
-        for met, part in column_slices(held, n1, n2, columns):
-            size = part.stop - part.start
-            passes += size
-            counts[met, size] = counts.get((met, size), 0) + 1
+    counts, passes = block_counts(n1, n2, rows, columns)
     products = moved = 0
-    for (met, size), count in counts.items():
-        for layer in layers:
+    for layer, times in Counter(replace(layer, names=()) for layer in layers).items():  # many are alike
+        products += times * n1 * layer.k * layer.forward if layer.written else 0  # gradients of the held rows
+        for (met, size), count in counts.items():
             more, numbers = layer.block(met, size)
-            products, moved = products + count * more, moved + count * numbers
-    for layer in layers:  # those of the held rows
-        products += n1 * layer.k * layer.forward if layer.written else 0
+            products, moved = products + times * count * more, moved + times * count * numbers
     k = max((layer.k for layer in layers), default=1)
     backprop = passes * (1 + k) * sum(layer.forward for layer in layers)
     return LargeCost(passes, products, backprop, moved, n1 * (n1 if n2 is None else n2))
@@ -286,9 +291,11 @@ def large_plan(
             msg = f"{name} must be at least 1. Got {value}."
             raise ValueError(msg)
     last = n1 if n2 is None else n2
-    sizes = [columns] if columns else sorted({min(last, 2**i) for i in range(LARGEST_PASS.bit_length())})
+    sizes = [columns] if columns else [*dict.fromkeys(min(last, size) for size in (*PASSES, 8, 4, 2, 1))]
     found: list[tuple[int, int, LargePlan]] = []
     for size in sizes:
+        if found and size < PASSES[-1]:
+            break
         fixed = device_bytes(program, layers, 0, size, work)
         each = device_bytes(program, layers, 1, size, work) - fixed
         fitting = rows or min(n1, (memory - fixed) // each)
@@ -299,9 +306,9 @@ def large_plan(
         weight = cost.products + cost.backprop + MOVE * cost.moved
         found.append((weight, -size, LargePlan(even, size, work, fixed + even * each)))
     if not found:
-        needed = device_bytes(program, layers, 1, sizes[0], work)
+        needed = device_bytes(program, layers, 1, sizes[-1], work)
         msg = (
-            f"Memory must hold one example of the rows and {sizes[0]} of the columns: {needed:,} bytes. Got {memory:,} bytes "
+            f"Memory must hold one example of the rows and {sizes[-1]} of the columns: {needed:,} bytes. Got {memory:,} bytes "
             "available. Take params= to restrict the parameters, a larger max_memory, or one output in place of reduce='trace'."
         )
         raise ValueError(msg)
