@@ -57,6 +57,8 @@ def large_ntk_estimate(
     reduce: str | int = "sum",
     memory: int,
     params: Iterable[str] | None = None,
+    rows: int | None = None,
+    columns: int | None = None,
 ) -> LargeEstimate:
     """Count what ``large_ntk`` would take, from one pass of one example.
 
@@ -71,6 +73,8 @@ def large_ntk_estimate(
         reduce: As in ``large_ntk``.
         memory: Bytes of a device that may be used.
         params: Names of the parameters that count. Default: all trainable ones.
+        rows: Examples held at a time. Default: what costs least in ``memory``.
+        columns: Examples of a pass. Default: the same.
 
     Raises:
         ValueError: As ``large_ntk``, and if not even the smallest chunks fit into ``memory``.
@@ -82,7 +86,7 @@ def large_ntk_estimate(
     if reduce == "trace":
         layers = [replace(layer, k=program.c) for layer in layers]
     work = max(2**20, min(2**30, memory // 32))
-    plan = large_plan(program, layers, n1, n2, memory=memory, work=work)
+    plan = large_plan(program, layers, n1, n2, memory=memory, work=work, rows=rows, columns=columns)
     return LargeEstimate(plan, large_cost(layers, n1, n2, plan.rows, plan.columns), layers, program.like.element_size())
 
 
