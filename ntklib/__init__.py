@@ -63,6 +63,8 @@ _HOMES = {
     "ntklib.grokking_settings": ["GrokkingSettings"],
     "ntklib.input_noise": ["logit_perturbation"],
     "ntklib.kernels": ["empirical_ntk", "flatten_kernel", "ntk_by_layer", "ntk_diagonal"],
+    "ntklib.large": ["LargeKernel", "large_ntk"],
+    "ntklib.large_estimate": ["LargeEstimate", "gemm_rate", "large_ntk_estimate"],
     "ntklib.lazy": ["LazySettings", "lazy_problem"],
     "ntklib.lazy_history": [
         "decay_rate",
@@ -108,6 +110,7 @@ _HOMES = {
     "ntklib.settings": [
         "ConeSettings",
         "FullBatchSettings",
+        "LargeSettings",
         "MarginSettings",
         "SupervisedSettings",
         "TaskSettings",

@@ -249,6 +249,33 @@ class TaskSettings(ImageSettings):
     steps: Positive
 
 
+class LargeSettings(ImageSettings):
+    """One kernel of many images, in blocks; see ``large_ntk``.
+
+    Attributes:
+        num_train: Class-balanced training subset; 0 for all.
+        model: Name in ``ntklib.models``.
+        width: Channels of the first stage, or hidden units.
+        memory_mib: Memory of each device that may be used, MiB; 0 for half of what is free.
+        num_check: Examples of each side of the block that is checked against float64.
+        tf32: Allow TensorFloat-32 on a GPU.
+    """
+
+    num_train: Annotated[int, Field(ge=0)]
+    model: str
+    width: Positive
+    memory_mib: Annotated[int, Field(ge=0)] = 0
+    num_check: Positive = 16
+    tf32: bool = False
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        from ntklib import models
+
+        models.check_name(self.model)
+        return self
+
+
 def resolve_device(device: str) -> str:
     """Return a device that is there: ``"auto"`` is CUDA when torch sees a card and the CPU otherwise.
 

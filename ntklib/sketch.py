@@ -75,9 +75,11 @@ def ntk_sketch(
     jacobian = JacobianProducts(f, theta, x, chunk_size)
     generator = stream(seed, "sketch", device=jacobian.device)
     size = jacobian.columns_at_a_time
-    groups = [min(size, num_samples - start) for start in range(0, num_samples, size)]
-    features = torch.cat([jacobian.push(_directions(theta, count, generator)) for count in groups])  # [q, n, c]
-    return features.reshape(num_samples, -1).T.contiguous()
+    features = torch.empty(len(x) * jacobian.c, num_samples, dtype=jacobian.dtype, device=jacobian.device)
+    for start in range(0, num_samples, size):
+        count = min(size, num_samples - start)
+        features[:, start : start + count] = jacobian.push(_directions(theta, count, generator)).flatten(1).T  # [count, n c]
+    return features
 
 
 def sketched_inner_product(phi1: Tensor, phi2: Tensor) -> SketchEstimate:

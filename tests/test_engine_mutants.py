@@ -175,7 +175,7 @@ SEEN_BY_THE_ENGINE: dict[str, tuple[str, Mutant]] = {
         "conv2d with rows left over",
         changed(operations.Convolution, "pull_back", lambda f: lambda self, g: f(self, g)[..., :-1]),
     ),
-    "groups change places": ("groups", changed(operations.Convolution, "_patches", lambda f: lambda self: f(self).flip(2))),
+    "groups change places": ("groups", changed(operations.Convolution, "_patches", lambda f: lambda self, x: f(self, x).flip(2))),
     "dilation is forgotten": (
         "conv1d",
         changed(uses.operations, "convolution", lambda f: lambda *args: f(*args[:5], 1, *args[6:])),

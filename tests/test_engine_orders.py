@@ -122,6 +122,7 @@ def test_gradients_of_rank_one_are_recognised_and_others_are_not():
     assert contract.rank_one(FACTORS["positions"].g[..., 0, :]) is None
 
 
+NETWORKS = ["self attention", "residual net", "modular addition transformer"]
 SEVERAL = [
     "linear on grids",
     "conv1d",
@@ -136,7 +137,7 @@ SEVERAL = [
 
 
 @pytest.mark.usefixtures("order")
-@pytest.mark.parametrize("name", [*SEVERAL, "self attention", "residual net", "modular addition transformer"])
+@pytest.mark.parametrize("name", [*SEVERAL, *NETWORKS])
 def test_kernels_of_networks_do_not_depend_on_the_order(name):
     t = truth(name)
     for cross in (False, True):
@@ -163,7 +164,7 @@ def test_kernels_of_networks_do_not_depend_on_how_many_examples_pass_at_a_time(n
 @pytest.mark.parametrize("name", FACTORS)
 @pytest.mark.parametrize("few", [True, False], ids=["gradients are kept", "inputs and output gradients are kept"])
 @pytest.mark.usefixtures("order")
-def test_factors_put_together_from_passes_are_whole(name, few, monkeypatch):
+def test_factors_put_together_from_passes_are_whole(name, few):
     factor = FACTORS[name]
     if few and isinstance(factor, Outer):  # as many positions again, so that gradients are fewer numbers
         factor = Outer(factor.u.repeat(1, 12, 1, 1), factor.g.repeat(1, 1, 12, 1, 1), factor.bias)

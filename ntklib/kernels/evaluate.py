@@ -16,7 +16,7 @@ from ntklib.kernels.contract import ACCUMULATORS, Accumulator, Norms
 from ntklib.kernels.gather import Gathered
 from ntklib.kernels.known import fingerprint
 from ntklib.kernels.operations import Emission
-from ntklib.kernels.plan import Plan, Tile, directions, make_plan, pass_size, tiles
+from ntklib.kernels.plan import Plan, Tile, directions, make_plan, pass_size, tiles, with_smaller_chunks
 from ntklib.kernels.streaming import Program, general_program, settings, structured_program
 from ntklib.progress import FILE
 from ntklib.text import check_known
@@ -75,8 +75,12 @@ def evaluate(request: Request) -> dict[str, Tensor]:
         count = len(set(keys.values()))
         options = {"layers": count, "chunk_size": request.chunk_size, "max_memory": request.max_memory}
         plan = make_plan(program, len(x1), n2, request.kind, **options)
-        with torch.no_grad():
+
+        def attempt(plan: Plan) -> dict[str, Tensor]:
             return _assemble(program, plan, x1, x2, request.kind, keys, request.progress)
+
+        with torch.no_grad():
+            return with_smaller_chunks(attempt, plan, max(len(x1), n2 or 0), x1.device)
 
 
 def square_norms_along(
@@ -93,15 +97,19 @@ def square_norms_along(
     """
     n, q, _ = v.shape
     plan = make_plan(replace(program, c=q), n, None, "norms", layers=1, chunk_size=chunk_size, max_memory=max_memory)
-    norms = v.new_zeros(n, q)
-    with torch.no_grad():
+
+    def attempt(plan: Plan) -> Tensor:
+        norms = v.new_zeros(n, q)
         for i in range(0, n, plan.examples):
             for j in range(0, q, plan.outputs):
                 part = v[i : i + plan.examples, j : j + plan.outputs]
                 sums = Norms(len(part), part.shape[1], None, program.like)
                 program.stream(x[i : i + plan.examples], part.transpose(0, 1), _adder(sums))
                 norms[i : i + plan.examples, j : j + plan.outputs] = sums.result()
-    return norms
+        return norms
+
+    with torch.no_grad():
+        return with_smaller_chunks(attempt, plan, n, x.device)
 
 
 def _adder(sums: Accumulator) -> Callable[[Emission], None]:

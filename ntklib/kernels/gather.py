@@ -14,14 +14,14 @@ from torch import Tensor
 from ntklib.kernels.blocks import rank_one
 from ntklib.kernels.capture import CaptureError, Visit
 from ntklib.kernels.contract import Accumulator
-from ntklib.kernels.operations import Emission, Factor, Outer, Rows
+from ntklib.kernels.operations import Emission, Factor, Outer, Rows, inputs_of
 
 
 def kept_numbers(factor: Factor) -> tuple[int, int]:
     """Numbers a factor of one example along one direction is kept in, beside and for every direction."""
     if isinstance(factor, Rows):
         return 0, factor.j[0].numel()
-    t, groups, d = factor.u.shape[1:]
+    t, groups, d = inputs_of(factor).shape[1:]
     o = factor.g.shape[-1]
     written, raw = groups * (d + factor.bias) * o, t * groups * o
     return (t * groups * d, raw) if t == 1 or written > raw else (0, written)
@@ -45,6 +45,8 @@ class Gathered:
 
         def visit(emission: Emission) -> None:
             place, (names, factor) = next(places), emission
+            if isinstance(factor, Outer):
+                factor = Outer(inputs_of(factor), factor.g, factor.bias)
             if place == len(self.whole):
                 self.whole.append((names, self._room(names, factor)))
             known, room = self.whole[place]

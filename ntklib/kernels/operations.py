@@ -24,11 +24,24 @@ class Outer:
         u: Inputs, ``[n, t, groups, d]``.
         g: Gradients of the outputs, ``[n, k, t, groups, o]``.
         bias: Whether the bias of the same operation counts too (its U is 1).
+        source: What U was made from and can be made from again, ``[n, ...]``; None for U itself.
+        remake: Makes U from ``source``, or from rows of it.
+        relative: Whether the last axis of U is numbered by what occurs in this pass: U of two passes must then be made by ``remake``.
     """
 
     u: Tensor
     g: Tensor
     bias: bool = False
+    source: Tensor | None = None
+    remake: Callable[[Tensor], Tensor] | None = None
+    relative: bool = False
+
+
+def inputs_of(factor: Outer) -> Tensor:
+    """U with a last axis that means the same in every pass."""
+    if factor.relative and factor.remake is not None and factor.source is not None:
+        return factor.remake(factor.source)
+    return factor.u
 
 
 @dataclass(frozen=True)
@@ -69,14 +82,15 @@ class Operation:
         """Factors of the wanted parameters' Jacobian."""
         raise NotImplementedError
 
-    def _outer(self, u: Tensor, g: Tensor) -> Iterator[Emission]:
+    def _outer(self, u: Tensor, g: Tensor, remake: Callable[[Tensor], Tensor] | None = None) -> Iterator[Emission]:
         """Factors of a weight and a bias that act alike at every position t."""
         weight, bias = self.names
+        source = self.saved if remake is not None else None
         if weight is not None and bias is not None and same_owner(weight, bias):
-            yield (weight, bias), Outer(u, g, bias=True)
+            yield (weight, bias), Outer(u, g, bias=True, source=source, remake=remake)
             return
         if weight is not None:
-            yield (weight,), Outer(u, g)
+            yield (weight,), Outer(u, g, source=source, remake=remake)
         if bias is not None:
             yield (bias,), Rows(g.sum(2).flatten(2))
 
@@ -167,10 +181,13 @@ class Convolution(Operation):
                 out = out.narrow(2 + axis, before, h)
         return out.unflatten(0, g.shape[:lead])
 
-    def _patches(self) -> Tensor:
-        """What each output position sees of the input, ``[n, t, groups, d]``; with groups, positions are innermost in memory."""
-        dims, n = len(self.stride), len(self.saved)
-        x = self._padded(self.saved)
+    def _patches(self, inputs: Tensor) -> Tensor:
+        """What each output position sees of the inputs ``[n, *lead, channels, *space]``: ``[n, t, groups, d]``.
+
+        With groups, positions are innermost in memory.
+        """
+        dims, n = len(self.stride), len(inputs)
+        x = self._padded(inputs)
         x = x.contiguous() if self.groups > 1 else x
         for axis, (k, s, d) in enumerate(zip(self._kernel, self.stride, self.dilation, strict=True)):
             x = x.unfold(2 + axis, (k - 1) * d + 1, s)[..., ::d]  # [b, channels, *positions, *kernel]
@@ -186,8 +203,10 @@ class Convolution(Operation):
         g = _examples_first(g)
         n, k = g.shape[:2]
         g = g.movedim(-dims - 1, -1).reshape(n, k, -1, self.groups, g.shape[-dims - 1] // self.groups)
-        u = self._patches() if self.names[0] is not None else g
-        yield from self._outer(u, g)
+        if self.names[0] is None:
+            yield from self._outer(g, g)
+        else:
+            yield from self._outer(self._patches(self.saved), g, self._patches)
 
 
 @dataclass(eq=False)
@@ -255,11 +274,23 @@ class Embedding(Operation):
 
     def factors(self, g: Tensor) -> Iterator[Emission]:
         tokens, place = self.saved.flatten(1).unique(return_inverse=True)
-        u = F.one_hot(place, len(tokens)).to(g.dtype)  # [n, t, distinct tokens]
+        u = self._one_hot(place, tokens, g.dtype)  # [n, t, 1, distinct tokens]
+        dtype = g.dtype
+        g = _examples_first(g)
+
+        def remake(x: Tensor) -> Tensor:
+            every = torch.arange(len(self.weight), device=x.device)  # pyright: ignore[reportArgumentType]
+            return self._one_hot(x.flatten(1), every, dtype)
+
+        g = g.reshape(*g.shape[:2], -1, 1, g.shape[-1])
+        yield (str(self.names[0]),), Outer(u, g, source=self.saved, remake=remake, relative=True)
+
+    def _one_hot(self, place: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Which of ``tokens`` stands at each position, ``[n, t, 1, len(tokens)]``; none where it is padding."""
+        u = F.one_hot(place, len(tokens)).to(dtype)
         if self.padding_idx is not None:
             u[..., tokens == self.padding_idx] = 0
-        g = _examples_first(g)
-        yield (str(self.names[0]),), Outer(u[:, :, None], g.reshape(*g.shape[:2], -1, 1, g.shape[-1]))
+        return u[:, :, None]
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:

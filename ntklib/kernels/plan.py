@@ -1,7 +1,8 @@
 """How much memory a kernel needs, and the tiles it is computed in."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import psutil
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from ntklib.kernels.blocks import BUDGET
 from ntklib.kernels.streaming import Program
+from ntklib.progress import say
+
+Result = TypeVar("Result")
 
 SHARE = 0.5  # of free memory, that a kernel may take unless max_memory is given
 # bytes of gradients beyond which larger chunks of single examples gain no speed; on a CPU smaller ones stay in memory that was
@@ -137,11 +141,51 @@ def pass_size(program: Program, rows: int, k: int) -> int:
     return -(-rows // -(-rows // most))  # as even as can be
 
 
-def _too_large(what: str, needed: int, available: int) -> str:
+def _too_large(what: str, needed: int, available: int | None) -> str:
+    got = "out of memory" if available is None else f"{available:,} bytes available"
     return (
-        f"Memory must hold {what}: {needed:,} bytes. Got {available:,} bytes available. Take fewer examples, reduce='trace' or "
+        f"Memory must hold {what}: {needed:,} bytes. Got {got}. Take fewer examples, reduce='trace' or "
         "'diagonal', params= to restrict the parameters, a larger max_memory, or ntklib.NTKOperator, which stores no kernel."
     )
+
+
+def smaller(plan: Plan, largest: int) -> Plan | None:
+    """The plan with half the examples, of one example half the outputs; None where a tile has one of each.
+
+    Where one tile was all, of ``largest`` examples, a quarter: a tile off the diagonal holds two chunks.
+    """
+    if plan.examples > 1:
+        examples = min(plan.examples, largest)
+        return replace(plan, examples=(examples + 3) // 4 if examples == largest else (examples + 1) // 2)
+    return replace(plan, outputs=(plan.outputs + 1) // 2) if plan.outputs > 1 else None
+
+
+def with_smaller_chunks(attempt: Callable[[Plan], Result], plan: Plan, largest: int, device: torch.device) -> Result:
+    """Carry out a plan; where the device turns out to have too little memory, say so and go on with smaller chunks.
+
+    Args:
+        attempt: Does the work by a plan.
+        plan: The first plan.
+        largest: Examples of the larger set.
+        device: The device.
+
+    Raises:
+        ValueError: If memory does not suffice for one example and one output.
+    """
+    while True:
+        try:
+            return attempt(plan)
+        except torch.OutOfMemoryError as error:
+            less = smaller(plan, largest)
+            if less is None:
+                raise ValueError(_too_large("the kernel, in its smallest pieces,", plan.needed, None)) from error
+        if device.type == "cuda":  # after the handler, whose traceback keeps tensors alive
+            torch.cuda.empty_cache()
+        say(
+            f"kernel: out of memory with {plan.examples} examples and {plan.outputs} outputs at a time; "
+            f"going on with {less.examples} and {less.outputs}"
+        )
+        plan = less
 
 
 def tiles(plan: Plan, n1: int, n2: int | None, c: int, kind: str | None) -> Iterator[Tile]:
