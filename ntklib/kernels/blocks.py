@@ -9,7 +9,7 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-BUDGET = 32 * 2**20  # bytes of written-out gradients held at a time
+BUDGET = 24 * 2**20  # bytes of written-out gradients held at a time
 
 
 class Scratch:
