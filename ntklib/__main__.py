@@ -104,21 +104,36 @@ def data() -> None:
 
 @cli.command()
 @click.argument("name")
-@click.argument("chapter")
+@click.argument("chapter", required=False)
 @PRESET
 @FORCE
 @PARAMETERS
-def reference(name: str, chapter: str, preset: str, force: bool, parameters: tuple[tuple[str, str], ...]) -> None:
-    """Execute CHAPTER and keep its training histories with the book as NAME."""
+def reference(name: str, chapter: str | None, preset: str, force: bool, parameters: tuple[tuple[str, str], ...]) -> None:
+    """Execute CHAPTER and keep its training histories with the book as NAME; without a chapter, the planned run of this name."""
     from ntklib import reference as references
     from ntklib import runner
 
-    task = runner.make_task(chapter, preset, {key: _value(value) for key, value in parameters})
+    changed = {key: _value(value) for key, value in parameters}
+    if chapter is None:
+        plan = references.find_planned(name)
+        chapter, preset, changed = plan.chapter, plan.preset, {**plan.parameters, **changed}
+    task = runner.make_task(chapter, preset, changed)
     if runner.run([task], force=force):
         sys.exit(1)
-    words = [word for key, value in parameters for word in ("-p", key, value)]
-    command = " ".join(["python -m ntklib reference", name, chapter, "--preset", preset, *words])
+    command = references.command(name, chapter, preset, changed)
     click.echo(f"kept as {references.save_reference(name, chapter, task.preset, command)}")
+
+
+@cli.command("references")
+def list_references() -> None:
+    """List the larger runs that are planned or kept, with the command of each."""
+    from ntklib import reference as references
+
+    kept = references.names()
+    for plan in references.planned():
+        click.echo(f"{'kept' if plan.name in kept else 'not computed':14} {plan.command}")
+    for name in sorted(set(kept) - {plan.name for plan in references.planned()}):
+        click.echo(f"{'kept':14} {references.load_reference(name).about['command']}")
 
 
 def _value(text: str) -> Any:

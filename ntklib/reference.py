@@ -1,11 +1,14 @@
 """Results of larger runs that come with the book: small histories with their provenance, in ``book/reference/``."""
 
 import io
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from ntklib import claims, provenance, runs, storage, text
 from ntklib.paths import project_root, runs_root
@@ -57,6 +60,56 @@ def load_reference(name: str) -> Reference:
         msg = f"{name}.parquet in {folder()} is missing or damaged. Restore it from the repository."
         raise FileNotFoundError(msg)
     return Reference(name, pd.read_parquet(io.BytesIO(content)), about)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that is worth keeping with the book, as ``workflow/references.yml`` describes it.
+
+    Attributes:
+        name: Its name.
+        chapter: Chapter that computes it.
+        preset: Preset that its parameters start from.
+        parameters: Parameters that differ.
+    """
+
+    name: str
+    chapter: str
+    preset: str = "default"
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """What computes and keeps it, from anywhere, without the list of plans."""
+        return command(self.name, self.chapter, self.preset, self.parameters)
+
+
+def planned() -> list[Planned]:
+    """The runs of ``workflow/references.yml``, in its order."""
+    content = yaml.safe_load((project_root() / "workflow" / "references.yml").read_text(encoding="utf-8"))
+    return [Planned(name, **entry) for name, entry in content.items()]
+
+
+def find_planned(name: str) -> Planned:
+    """Return the planned run of this name.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    found = {plan.name: plan for plan in planned()}
+    if name not in found:
+        raise FileNotFoundError(text.unknown("planned reference run", name, found))
+    return found[name]
+
+
+def command(name: str, chapter: str, preset: str, parameters: Mapping[str, Any]) -> str:
+    """The command line that computes a chapter and keeps its histories as ``name``."""
+    changed = [word for key, value in parameters.items() for word in ("-p", key, _word(value))]
+    return shlex.join(["python", "-m", "ntklib", "reference", name, chapter, "--preset", preset, *changed])
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
 def save_reference(name: str, chapter: str, preset: str, command: str) -> Path:

@@ -5,8 +5,10 @@ import shlex
 import pandas as pd
 import pytest
 import yaml
+from click.testing import CliRunner
 
-from ntklib import Chapter, Run, Verdicts, chapters, data, load_reference, models, reference, sgd, storage
+from ntklib import Chapter, Run, Verdicts, chapters, data, load_reference, models, reference, runner, sgd, storage
+from ntklib.__main__ import cli
 
 SETTINGS = {"lr": 0.05, "batch_size": 16, "epochs": 2}
 
@@ -78,3 +80,29 @@ def test_every_committed_reference_is_whole_and_says_which_chapter_it_belongs_to
         assert loaded.history["seed"].nunique() == loaded.about["parameters"]["num_seeds"]
         assert loaded.about["git"]["commit"]
         assert loaded.about["git"]["dirty"] is False
+
+
+def test_every_planned_run_has_legal_parameters_and_a_command_that_says_all_of_them():
+    plans = reference.planned()
+    assert len({plan.name for plan in plans}) == len(plans)
+    for plan in plans:
+        task = runner.make_task(plan.chapter, plan.preset, plan.parameters)
+        words = shlex.split(plan.command)
+        assert words[:5] == ["python", "-m", "ntklib", "reference", plan.name]
+        changed = {words[i + 1]: yaml.safe_load(words[i + 2]) for i, word in enumerate(words) if word == "-p"}
+        again = runner.make_task(words[5], words[words.index("--preset") + 1], changed)
+        assert again.parameters == task.parameters
+
+
+def test_planned_and_kept_runs_are_listed_with_their_commands():
+    lines = CliRunner().invoke(cli, ["references"]).output.splitlines()
+    assert {line.split(" python ")[0].strip() for line in lines} == {"kept", "not computed"}
+    assert any(line.startswith("kept") and "reference trace_evolution_width8 trace_evolution" in line for line in lines)
+    assert all(plan.command in "\n".join(lines) for plan in reference.planned())
+
+
+def test_an_unknown_planned_run_is_named_with_the_nearest():
+    with pytest.raises(
+        FileNotFoundError, match=r"Unknown planned reference run 'eos_alignment_500'\. Did you mean 'eos_alignment_5000'"
+    ):
+        reference.find_planned("eos_alignment_500")
