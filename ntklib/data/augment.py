@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ntklib.text import check_known
 
 Images = Float[Tensor, "n channels height width"]
+Augmentation = Callable[[Images, torch.Generator], Images]
 
 
 def crop_flip(x: Images, generator: torch.Generator, padding: int = 4) -> Images:
@@ -50,10 +51,10 @@ def window(
     return padded.permute(0, 2, 3, 1)[example, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
-AUGMENTATIONS: dict[str, Callable[[Images, torch.Generator], Images]] = {"none": lambda x, _: x, "crop_flip": crop_flip}
+AUGMENTATIONS: dict[str, Augmentation] = {"none": lambda x, _: x, "crop_flip": crop_flip}
 
 
-def augment_by_name(name: str) -> Callable[[Images, torch.Generator], Images]:
+def augment_by_name(name: str) -> Augmentation:
     """Return the augmentation of this name, or raise ``ValueError`` with the known ones."""
     check_known("augmentation", name, AUGMENTATIONS)
     return AUGMENTATIONS[name]

@@ -1,6 +1,7 @@
 """Training on mini-batches as generators of states: they yield before each measured step, never print and never save."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +13,10 @@ from ntklib.data.datasets import Dataset
 from ntklib.models import calibrate_batch_norm
 from ntklib.random import stream
 from ntklib.text import check_known
+from ntklib.training.batches import BatchOrder, batches
 from ntklib.training.ema import ExponentialAverages
 from ntklib.training.losses import loss_by_name
+from ntklib.training.options import Forward, TrainingOptions, determinism
 from ntklib.training.schedules import learning_rate
 from ntklib.training.state import Checkpoint, State
 
@@ -34,6 +37,10 @@ def sgd(
     seed: int = 0,
     ema_decays: Sequence[float] = (),
     ema_buffers: str = "copy",
+    channels_last: bool = False,
+    precision: str = "float32",
+    compile: bool = False,
+    deterministic: bool = False,
     measure_at: Collection[int] | None = None,
     resume: Checkpoint | None = None,
 ) -> Iterator[State]:
@@ -64,6 +71,10 @@ def sgd(
         ema_decays: Decay rates of moving averages of the parameters, updated after each step, see ``ExponentialAverages``. They
             do not change training.
         ema_buffers: What the averaged networks take for buffers, see there.
+        channels_last: See ``TrainingOptions``, and so for the next three.
+        precision: ``"float32"`` or ``"bf16"``, of training steps.
+        compile: Compile the network for training steps.
+        deterministic: Refuse operations whose result is not the same every time.
         measure_at: Steps at which to yield. Default: 0 and every epoch's end.
         resume: A step and its ``State.tensors()``: continue after that state, which is not yielded again.
 
@@ -72,8 +83,10 @@ def sgd(
         (``diverged``) the loop ends.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    order = _Order(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
-    yield from _minibatches(model, data, optimizer, order, measure_at, resume)
+    plan = _Plan(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
+    options = TrainingOptions(channels_last, precision, compile, deterministic)
+    with determinism(deterministic, data.y_train.device):
+        yield from _minibatches(model, data, optimizer, plan, options, measure_at, resume)
 
 
 def adamw(
@@ -93,6 +106,10 @@ def adamw(
     seed: int = 0,
     ema_decays: Sequence[float] = (),
     ema_buffers: str = "copy",
+    channels_last: bool = False,
+    precision: str = "float32",
+    compile: bool = False,
+    deterministic: bool = False,
     measure_at: Collection[int] | None = None,
     resume: Checkpoint | None = None,
 ) -> Iterator[State]:
@@ -107,8 +124,10 @@ def adamw(
     """
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     optimizer = kind(model.parameters(), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
-    order = _Order(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
-    yield from _minibatches(model, data, optimizer, order, measure_at, resume)
+    plan = _Plan(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
+    options = TrainingOptions(channels_last, precision, compile, deterministic)
+    with determinism(deterministic, data.y_train.device):
+        yield from _minibatches(model, data, optimizer, plan, options, measure_at, resume)
 
 
 OPTIMIZERS = {"sgd": sgd, "adam": partial(adamw, decoupled=False), "adamw": adamw}
@@ -120,14 +139,8 @@ def loop_by_optimizer(name: str) -> Callable[..., Iterator[State]]:
     return OPTIMIZERS[name]
 
 
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Number of batches of ``n`` examples: the last one may be smaller, but one of a single example is left out."""
-    full, rest = divmod(n, batch_size)
-    return max(1, full + (rest > 1))  # batch normalisation needs two examples
-
-
 @dataclass(frozen=True)
-class _Order:
+class _Plan:
     """What a loop is told to do, whichever the optimizer."""
 
     lr: float
@@ -145,21 +158,22 @@ def _minibatches(
     model: nn.Module,
     data: Dataset,
     optimizer: torch.optim.Optimizer,
-    order: _Order,
+    plan: _Plan,
+    options: TrainingOptions,
     measure_at: Collection[int] | None,
     resume: Checkpoint | None,
 ) -> Iterator[State]:
-    loss_fn, transform, seed = loss_by_name(order.loss), augment_by_name(order.augment), order.seed
-    per_epoch = steps_per_epoch(len(data.x_train), order.batch_size)
-    total = order.epochs * per_epoch
-    measured = set(range(0, total + 1, per_epoch) if measure_at is None else measure_at) | {total}
+    order = BatchOrder(len(data.x_train), plan.batch_size, plan.seed)
+    loss_fn, transform, total = loss_by_name(plan.loss), augment_by_name(plan.augment), plan.epochs * order.per_epoch
+    measured = set(range(0, total + 1, order.per_epoch) if measure_at is None else measure_at) | {total}
 
     def rate(step: int) -> float:
-        return learning_rate(order.schedule, order.lr, step, total)
+        return learning_rate(plan.schedule, plan.lr, step, total)
 
+    forward = Forward(model, options)
     if resume is None:
         calibrate_batch_norm(model, data.x_train)
-    averages = ExponentialAverages(model, order.ema_decays, order.ema_buffers) if order.ema_decays else None
+    averages = ExponentialAverages(model, plan.ema_decays, plan.ema_buffers) if plan.ema_decays else None
     state = State(0, 0.0, model, float("nan"), rate(0), optimizer, total, averages=averages)
     if resume is None:
         if 0 in measured:
@@ -169,31 +183,30 @@ def _minibatches(
         state.step = resume[0]
         state.restore(resume[1])
 
-    running, since = torch.zeros((), device=data.x_train.device), 0
-    for step in range(state.step, total):
-        epoch, position = divmod(step, per_epoch)
-        if position == 0 or step == state.step:
-            batches = _batches(len(data.x_train), order.batch_size, seed, epoch)
-        index = batches[position].to(data.x_train.device)
-        x, y = transform(data.x_train[index], stream(seed, "augment", step)), data.y_train[index]
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step)
-        running, since = running + _step(model, optimizer, loss_fn, x, y, seed, step), since + 1
-        if averages is not None:
-            averages.update()
-        if step + 1 in measured:
-            value = float(running) / since
-            finite = bool(torch.isfinite(running)) and all(bool(w.isfinite().all()) for w in model.parameters())
-            model.eval()
-            state = State(step + 1, (step + 1) / per_epoch, model, value, rate(step + 1), optimizer, total, not finite, averages)
-            yield state
-            if not finite:
-                return
-            running, since = torch.zeros_like(running), 0
+    running, since = torch.zeros((), device=data.y_train.device), 0
+    steps = range(state.step, total)
+    with closing(batches(data, order, transform, steps)) as feed:
+        for step, (x, y) in zip(steps, feed, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            running, since = running + _gradients(model, forward, loss_fn, x, y, plan.seed, step), since + 1
+            optimizer.step()
+            if averages is not None:
+                averages.update()
+            if step + 1 in measured:
+                value = float(running) / since
+                finite = bool(torch.isfinite(running)) and all(bool(w.isfinite().all()) for w in model.parameters())
+                model.eval()
+                epoch = (step + 1) / order.per_epoch
+                state = State(step + 1, epoch, model, value, rate(step + 1), optimizer, total, not finite, averages)
+                yield state
+                if not finite:
+                    return
+                running, since = torch.zeros_like(running), 0
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn, x: Tensor, y: Tensor, seed: int, step: int) -> Tensor:
-    """Take one step in training mode; dropout masks depend on the seed and the step alone. Returns the loss before it."""
+def _gradients(model: nn.Module, forward: Forward, loss_fn, x: Tensor, y: Tensor, seed: int, step: int) -> Tensor:
+    """Loss of a batch in training mode, its gradients left in the parameters; dropout masks depend on seed and step alone."""
     model.train()
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices):
@@ -201,13 +214,8 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn, x: Tensor
         torch.default_generator.manual_seed(masks)  # torch.manual_seed formats a stack trace for a GPU that is not there
         if x.is_cuda:
             torch.cuda.manual_seed(masks)
-        loss = loss_fn(model(x), y)
-    optimizer.zero_grad(set_to_none=True)
+        loss = loss_fn(forward(x), y)
+    for w in model.parameters():
+        w.grad = None
     loss.backward()
-    optimizer.step()
     return loss.detach()
-
-
-def _batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    order = torch.randperm(n, generator=stream(seed, "batches", epoch))
-    return order.split(batch_size)[: steps_per_epoch(n, batch_size)]

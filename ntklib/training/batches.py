@@ -1,0 +1,58 @@
+"""Which examples each step of a training loop takes, and how their images reach the device."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ntklib.data.augment import Augmentation
+from ntklib.data.datasets import Dataset
+from ntklib.random import stream
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """The batches of a run: a new permutation per epoch, cut into batches, as a function of the seed and the step.
+
+    Attributes:
+        n: Training examples.
+        batch_size: Examples per step; the last batch of an epoch may be smaller, one of a single example is left out.
+        seed: Seed of the run.
+    """
+
+    n: int
+    batch_size: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of one epoch."""
+        return steps_per_epoch(self.n, self.batch_size)
+
+    def indices(self, step: int) -> Tensor:
+        """Examples of the batch of a step, ``[b]`` on the CPU."""
+        epoch, position = divmod(step, self.per_epoch)
+        return epoch_batches(self.n, self.batch_size, self.seed, epoch)[position]
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Number of batches of ``n`` examples: the last one may be smaller, but one of a single example is left out."""
+    full, rest = divmod(n, batch_size)
+    return max(1, full + (rest > 1))  # batch normalisation needs two examples
+
+
+@lru_cache(maxsize=2)
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """Batches of one epoch: indices ``[b]``, to be read only."""
+    order = torch.randperm(n, generator=stream(seed, "batches", epoch))
+    return order.split(batch_size)[: steps_per_epoch(n, batch_size)]
+
+
+def batches(data: Dataset, order: BatchOrder, transform: Augmentation, steps: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the augmented images and the labels of each step, on the device of the data."""
+    device = data.y_train.device
+    for step in steps:
+        index = order.indices(step).to(device)
+        yield transform(data.x_train[index], stream(order.seed, "augment", step)), data.y_train[index]

@@ -1,0 +1,106 @@
+"""How training steps are computed: memory layout, precision, compilation, determinism. What is measured never depends on them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ntklib.text import check_known
+
+PRECISIONS = ("float32", "bf16")
+WORKSPACES = (":4096:8", ":16:8")  # values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS adds in a fixed order
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of a training loop's steps.
+
+    Attributes:
+        channels_last: Images, and weights of convolutions, with the channels innermost in memory. Without it the layout of the
+            model is left as it is (``models.build`` makes channels-last weights) and images stay as they are stored.
+        precision: ``"float32"``, or ``"bf16"``: matrix products and convolutions of the forward and backward pass of training
+            steps take bfloat16 inputs (8 bits of mantissa; PyTorch's autocast). Parameters, their gradients, the optimizer and the
+            loss of the outputs stay float32.
+        compile: Evaluate the network of training steps by ``torch.compile``, one compilation per shape of a batch.
+        deterministic: Only operations whose result is the same every time, from the start of the loop to its end, measurements
+            between its states included.
+
+    Raises:
+        ValueError: If the precision is unknown.
+    """
+
+    channels_last: bool = False
+    precision: str = "float32"
+    compile: bool = False
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        check_known("precision", self.precision, PRECISIONS)
+
+
+class Forward:
+    """The network as a training step evaluates it: outputs, in the precision of the parameters, of a batch.
+
+    The model itself stays what it was: its ``state_dict`` has the same names, and who measures it calls it uncompiled and in full
+    precision.
+
+    Args:
+        model: The network in training; its weights are laid out anew for ``channels_last``.
+        options: See there.
+    """
+
+    def __init__(self, model: nn.Module, options: TrainingOptions) -> None:
+        self.options = options
+        if options.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self._call = compiled(model) if options.compile else model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.options.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.options.precision == "float32":
+            return self._call(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            outputs = self._call(x)
+        return outputs.to(x.dtype)
+
+
+def compiled(function, *, mode: str | None = None):
+    """Compile a function of tensors, once per shape, with the random numbers of the eager one."""
+    options = {**(torch._inductor.list_mode_options(mode) if mode else {}), "fallback_random": True}
+    return torch.compile(function, dynamic=False, options=options)
+
+
+@contextmanager
+def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Where wanted, allow deterministic operations only, and restore PyTorch's settings afterwards.
+
+    Raises:
+        ValueError: If the device cannot be deterministic, or an operation on the way has no deterministic form.
+    """
+    if not wanted:
+        yield
+        return
+    if device.type == "cuda" and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in WORKSPACES:
+        msg = (
+            "deterministic=True on CUDA requires the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 from before Python "
+            f"starts. Got {os.environ.get('CUBLAS_WORKSPACE_CONFIG')!r}. Set it, or use deterministic=False."
+        )
+        raise ValueError(msg)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        msg = f"deterministic=True is impossible here: {str(error).partition('. ')[0]}. Use deterministic=False."
+        raise ValueError(msg) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
