@@ -1,6 +1,7 @@
 """Command line: run chapters, build the book, print the ledger, list data."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -31,7 +32,10 @@ def cli() -> None:
 @PARAMETERS
 @click.option("--share", default="", metavar="K/N", help="Work on the chapter's runs as the K-th of N processes.")
 def run(chapter: str, preset: str, force: bool, parameters: tuple[tuple[str, str], ...], share: str) -> None:
-    """Execute one CHAPTER through papermill."""
+    """Execute one CHAPTER through papermill.
+
+    Started by torchrun, several processes train each of its runs together.
+    """
     from ntklib import runner
 
     overrides = {name: _value(value) for name, value in parameters}
@@ -136,6 +140,7 @@ def main() -> None:
     """Run the command line; expected mistakes end with one sentence and status 2, failures of work with status 1."""
     from ntklib.book import BuildError
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception, which ends what was started, too
     try:
         cli(standalone_mode=True)
     except (chapters.ParameterError, FileNotFoundError) as error:

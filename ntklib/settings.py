@@ -257,8 +257,10 @@ def resolve_device(device: str) -> str:
     """
     import torch
 
+    from ntklib import torchrun
+
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
         msg = f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N'. Got {device!r}."
         raise ValueError(msg)
@@ -270,4 +272,6 @@ def resolve_device(device: str) -> str:
                 "Use device='auto' or 'cpu', or install a CUDA build of torch and a driver."
             )
             raise ValueError(msg)
+        if torchrun.size() > 1:
+            torch.cuda.set_device(torchrun.local_rank())  # "cuda" is another GPU in each process of a job
     return device

@@ -31,6 +31,11 @@ class BatchOrder:
         """Steps of one epoch."""
         return steps_per_epoch(self.n, self.batch_size)
 
+    @property
+    def smallest(self) -> int:
+        """Examples of the smallest batch."""
+        return min(self.batch_size, self.n - (self.per_epoch - 1) * self.batch_size)
+
     def indices(self, step: int) -> Tensor:
         """Examples of the batch of a step, ``[b]`` on the CPU."""
         epoch, position = divmod(step, self.per_epoch)

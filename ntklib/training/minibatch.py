@@ -17,6 +17,7 @@ from ntklib.training.batches import BatchOrder, batches
 from ntklib.training.ema import ExponentialAverages
 from ntklib.training.losses import loss_by_name
 from ntklib.training.options import Forward, TrainingOptions, determinism
+from ntklib.training.parallel import ALONE, Alone, Loss
 from ntklib.training.schedules import learning_rate
 from ntklib.training.state import Checkpoint, State
 
@@ -43,6 +44,7 @@ def sgd(
     deterministic: bool = False,
     measure_at: Collection[int] | None = None,
     resume: Checkpoint | None = None,
+    processes: Alone = ALONE,
 ) -> Iterator[State]:
     r"""Stochastic gradient descent with momentum on mini-batches drawn without replacement.
 
@@ -77,6 +79,7 @@ def sgd(
         deterministic: Refuse operations whose result is not the same every time.
         measure_at: Steps at which to yield. Default: 0 and every epoch's end.
         resume: A step and its ``State.tensors()``: continue after that state, which is not yielded again.
+        processes: Those that take each step together, see ``ntklib.training.parallel``; all call the loop with the same arguments.
 
     Yields:
         The state before each measured step and after the last one. After a state whose loss or parameters are not finite
@@ -86,7 +89,7 @@ def sgd(
     plan = _Plan(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
     options = TrainingOptions(channels_last, precision, compile, deterministic)
     with determinism(deterministic, data.y_train.device):
-        yield from _minibatches(model, data, optimizer, plan, options, measure_at, resume)
+        yield from _minibatches(model, data, optimizer, plan, options, measure_at, resume, processes)
 
 
 def adamw(
@@ -112,6 +115,7 @@ def adamw(
     deterministic: bool = False,
     measure_at: Collection[int] | None = None,
     resume: Checkpoint | None = None,
+    processes: Alone = ALONE,
 ) -> Iterator[State]:
     r"""Adam with decoupled weight decay on mini-batches drawn without replacement.
 
@@ -127,7 +131,7 @@ def adamw(
     plan = _Plan(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
     options = TrainingOptions(channels_last, precision, compile, deterministic)
     with determinism(deterministic, data.y_train.device):
-        yield from _minibatches(model, data, optimizer, plan, options, measure_at, resume)
+        yield from _minibatches(model, data, optimizer, plan, options, measure_at, resume, processes)
 
 
 OPTIMIZERS = {"sgd": sgd, "adam": partial(adamw, decoupled=False), "adamw": adamw}
@@ -162,15 +166,17 @@ def _minibatches(
     options: TrainingOptions,
     measure_at: Collection[int] | None,
     resume: Checkpoint | None,
+    processes: Alone,
 ) -> Iterator[State]:
     order = BatchOrder(len(data.x_train), plan.batch_size, plan.seed)
     loss_fn, transform, total = loss_by_name(plan.loss), augment_by_name(plan.augment), plan.epochs * order.per_epoch
+    processes.check(order.smallest)
     measured = set(range(0, total + 1, order.per_epoch) if measure_at is None else measure_at) | {total}
 
     def rate(step: int) -> float:
         return learning_rate(plan.schedule, plan.lr, step, total)
 
-    forward = Forward(model, options)
+    forward = Forward(model, options, processes)
     if resume is None:
         calibrate_batch_norm(model, data.x_train)
     averages = ExponentialAverages(model, plan.ema_decays, plan.ema_buffers) if plan.ema_decays else None
@@ -189,13 +195,16 @@ def _minibatches(
         for step, (x, y) in zip(steps, feed, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
-            running, since = running + _gradients(model, forward, loss_fn, x, y, plan.seed, step), since + 1
+            batch = processes.cut(x, y, loss_fn)
+            running, since = running + _gradients(model, forward, *batch, plan.seed, step), since + 1
             optimizer.step()
             if averages is not None:
                 averages.update()
             if step + 1 in measured:
+                running = processes.mean(running)
                 value = float(running) / since
                 finite = bool(torch.isfinite(running)) and all(bool(w.isfinite().all()) for w in model.parameters())
+                finite = processes.agree(finite)
                 model.eval()
                 epoch = (step + 1) / order.per_epoch
                 state = State(step + 1, epoch, model, value, rate(step + 1), optimizer, total, not finite, averages)
@@ -205,7 +214,7 @@ def _minibatches(
                 running, since = torch.zeros_like(running), 0
 
 
-def _gradients(model: nn.Module, forward: Forward, loss_fn, x: Tensor, y: Tensor, seed: int, step: int) -> Tensor:
+def _gradients(model: nn.Module, forward: Forward, x: Tensor, y: Tensor, loss_fn: Loss, seed: int, step: int) -> Tensor:
     """Loss of a batch in training mode, its gradients left in the parameters; dropout masks depend on seed and step alone."""
     model.train()
     devices = [x.device] if x.is_cuda else []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntklib.text import check_known
+from ntklib.training.parallel import ALONE, Alone
 
 PRECISIONS = ("float32", "bf16")
 WORKSPACES = (":4096:8", ":16:8")  # values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS adds in a fixed order
@@ -50,13 +51,15 @@ class Forward:
     Args:
         model: The network in training; its weights are laid out anew for ``channels_last``.
         options: See there.
+        processes: Those that take each step together.
     """
 
-    def __init__(self, model: nn.Module, options: TrainingOptions) -> None:
+    def __init__(self, model: nn.Module, options: TrainingOptions, processes: Alone = ALONE) -> None:
         self.options = options
         if options.channels_last:
             model.to(memory_format=torch.channels_last)
-        self._call = compiled(model) if options.compile else model
+        network = processes.prepare(model)
+        self._call = compiled(network) if options.compile else network
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.options.channels_last and x.ndim == 4:
