@@ -145,22 +145,38 @@ class SupervisedSettings(TracedSettings):
             but for ``"adamw"``.
         epochs: Passes over the training data.
         loss: ``"cross_entropy"`` or ``"half_mse"``.
-        augment: ``"none"`` or ``"crop_flip"``.
+        augment: ``"none"``, ``"crop_flip"`` or ``"resized_crop_flip"``.
+        storage: How images are kept: ``"float32"``, ``"uint8"`` or ``"stream"``, see ``data.load``.
+        channels_last: See ``TrainingOptions``, and so for the next three.
+        precision: ``"float32"`` or ``"bf16"``, of training steps.
+        compile: Compile the network for training steps.
+        deterministic: Refuse operations whose result is not the same every time.
     """
 
     optimizer: str = "sgd"
     epochs: Positive
     loss: str = "cross_entropy"
     augment: str = "none"
+    storage: str = "float32"
+    channels_last: bool = False
+    precision: str = "float32"
+    compile: bool = False
+    deterministic: bool = False
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
+        from ntklib.data import STORAGES
         from ntklib.data.augment import augment_by_name
-        from ntklib.training import OPTIMIZERS, loss_by_name
+        from ntklib.training import OPTIMIZERS, PRECISIONS, loss_by_name
+        from ntklib.training.options import check_determinism
 
         loss_by_name(self.loss)
         augment_by_name(self.augment)
         text.check_known("optimizer", self.optimizer, OPTIMIZERS)
+        text.check_known("storage", self.storage, STORAGES)
+        text.check_known("precision", self.precision, PRECISIONS)
+        if self.deterministic:
+            check_determinism(self.device)
         text.check_known("method", self.method, ("exact", "output", "jvp", "perturbation"))
         if self.num_train and self.num_probe > self.num_train:
             msg = f"num_probe must be at most num_train = {self.num_train}, the training images there are. Got {self.num_probe}."

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ntklib.data.crops import resized_crop_flip
 from ntklib.text import check_known
 
 Images = Float[Tensor, "n channels height width"]
@@ -51,7 +52,9 @@ def window(
     return padded.permute(0, 2, 3, 1)[example, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"none": lambda x, _: x, "crop_flip": crop_flip}
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "none": lambda x, _: x, "crop_flip": crop_flip, "resized_crop_flip": resized_crop_flip,
+}  # fmt: skip
 
 
 def augment_by_name(name: str) -> Augmentation:

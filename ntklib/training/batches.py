@@ -1,6 +1,7 @@
 """Which examples each step of a training loop takes, and how their images reach the device."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -8,8 +9,12 @@ import torch
 from torch import Tensor
 
 from ntklib.data.augment import Augmentation
+from ntklib.data.crops import crop_draws, resized_crop_flip
 from ntklib.data.datasets import Dataset
+from ntklib.data.stored import StoredImages, StreamedImages
 from ntklib.random import stream
+
+Feed = Generator[tuple[Tensor, Tensor], None, None]
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,24 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tenso
     return order.split(batch_size)[: steps_per_epoch(n, batch_size)]
 
 
-def batches(data: Dataset, order: BatchOrder, transform: Augmentation, steps: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: Dataset, order: BatchOrder, transform: Augmentation, steps: Sequence[int]) -> Feed:
     """Yield the augmented images and the labels of each step, on the device of the data."""
-    device = data.y_train.device
-    for step in steps:
-        index = order.indices(step).to(device)
-        yield transform(data.x_train[index], stream(order.seed, "augment", step)), data.y_train[index]
+    for step, x in zip(steps, _augmented(data.x_train, order, transform, steps), strict=True):
+        yield x, data.y_train[order.indices(step).to(data.y_train.device)]
+
+
+def _augmented(
+    images: Tensor | StoredImages, order: BatchOrder, transform: Augmentation, steps: Sequence[int]
+) -> Generator[Tensor, None, None]:
+    """Images of each step; those in files are cut out at random where they are decoded, since only there they are whole."""
+    draws = lambda step: stream(order.seed, "augment", step)  # noqa: E731
+    if not isinstance(images, StreamedImages):
+        for step in steps:
+            yield transform(images[order.indices(step).to(images.device)], draws(step))
+        return
+    in_files = transform is resized_crop_flip and images.in_files
+    indices = ((step, order.indices(step)) for step in steps)
+    requests = ((index.numpy(), crop_draws(len(index), draws(step)) if in_files else None) for step, index in indices)
+    with closing(images.stream(requests)) as arrivals:
+        for step, x in zip(steps, arrivals, strict=True):
+            yield x if in_files else transform(x, draws(step))

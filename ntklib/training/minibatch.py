@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ntklib.data.augment import augment_by_name
 from ntklib.data.datasets import Dataset
+from ntklib.data.stored import sample
 from ntklib.models import calibrate_batch_norm
 from ntklib.random import stream
 from ntklib.text import check_known
@@ -53,7 +54,8 @@ def sgd(
     as in PyTorch and the main paper (appendix B.1): momentum is not damped, so the effective learning rate is lr/(1 - momentum),
     and weight decay acts on all parameters. ``L`` is the mean over the batch. A new permutation of the training data is drawn per
     epoch; the last batch of an epoch may be smaller (a last batch of one example is left out). Before the first step,
-    batch-normalisation statistics are calibrated on the training data, so that eval mode means something at step 0.
+    batch-normalisation statistics are calibrated on the training data (images in files: the first 8,192), so that eval mode means
+    something at step 0.
 
     Batches and augmentations are functions of the seed and the step, so a run resumed from a checkpoint takes the same steps.
 
@@ -178,7 +180,7 @@ def _minibatches(
 
     forward = Forward(model, options, processes)
     if resume is None:
-        calibrate_batch_norm(model, data.x_train)
+        calibrate_batch_norm(model, sample(data.x_train))
     averages = ExponentialAverages(model, plan.ema_decays, plan.ema_buffers) if plan.ema_decays else None
     state = State(0, 0.0, model, float("nan"), rate(0), optimizer, total, averages=averages)
     if resume is None:

@@ -77,6 +77,17 @@ def compiled(function, *, mode: str | None = None):
     return torch.compile(function, dynamic=False, options=options)
 
 
+def check_determinism(device: str | torch.device) -> None:
+    """Raise ``ValueError`` if cuBLAS, on a GPU, was not told in time to add in a fixed order."""
+    value = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if torch.device(device).type == "cuda" and value not in WORKSPACES:
+        msg = (
+            "deterministic=True on CUDA requires the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 from before Python "
+            f"starts. Got {value!r}. Set it, or use deterministic=False."
+        )
+        raise ValueError(msg)
+
+
 @contextmanager
 def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
     """Where wanted, allow deterministic operations only, and restore PyTorch's settings afterwards.
@@ -87,12 +98,7 @@ def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
     if not wanted:
         yield
         return
-    if device.type == "cuda" and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in WORKSPACES:
-        msg = (
-            "deterministic=True on CUDA requires the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 from before Python "
-            f"starts. Got {os.environ.get('CUBLAS_WORKSPACE_CONFIG')!r}. Set it, or use deterministic=False."
-        )
-        raise ValueError(msg)
+    check_determinism(device)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
