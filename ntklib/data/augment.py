@@ -11,17 +11,26 @@ from ntklib.data.crops import resized_crop_flip
 from ntklib.text import check_known
 
 Images = Float[Tensor, "n channels height width"]
-Augmentation = Callable[[Images, torch.Generator], Images]
+Augmentation = Callable[..., Images]  # (x, generator, *, whole, rows), see crop_flip
 
 
-def crop_flip(x: Images, generator: torch.Generator, padding: int = 4) -> Images:
+def crop_flip(
+    x: Images, generator: torch.Generator, padding: int = 4, *, whole: int | None = None, rows: slice = slice(None)
+) -> Images:
     """Shift each image by up to ``padding`` pixels (zeros outside) and mirror it left-right with probability 1/2.
 
     The usual CIFAR augmentation (He et al. 2016, section 4.2). Drawn on the CPU, so it does not depend on the device.
+
+    Args:
+        x: A batch of images, or ``rows`` of one.
+        generator: On the CPU.
+        padding: Largest shift.
+        whole: Images of the batch, for all of which is drawn. Default: ``x`` is all of it.
+        rows: Which of them ``x`` holds.
     """
-    n = len(x)
-    shift = torch.randint(2 * padding + 1, (n, 2), generator=generator)
-    return window(F.pad(x, [padding] * 4), shift, torch.rand(n, generator=generator) < 0.5, x.shape[2:])
+    n = len(x) if whole is None else whole
+    shift = torch.randint(2 * padding + 1, (n, 2), generator=generator)[rows]
+    return window(F.pad(x, [padding] * 4), shift, torch.rand(n, generator=generator)[rows] < 0.5, x.shape[2:])
 
 
 def weak(x: Images, generator: torch.Generator, padding: int, flip: bool) -> Images:
@@ -53,7 +62,7 @@ def window(
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
-    "none": lambda x, _: x, "crop_flip": crop_flip, "resized_crop_flip": resized_crop_flip,
+    "none": lambda x, _, **__: x, "crop_flip": crop_flip, "resized_crop_flip": resized_crop_flip,
 }  # fmt: skip
 
 

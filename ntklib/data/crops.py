@@ -45,14 +45,21 @@ def crop_boxes(draws: Float[Tensor, "n numbers"], height: int, width: int) -> tu
 
 
 def resized_crop_flip(
-    x: Float[Tensor, "n channels height width"], generator: torch.Generator
+    x: Float[Tensor, "n channels height width"], generator: torch.Generator, *, whole: int | None = None, rows: slice = slice(None)
 ) -> Float[Tensor, "n channels height width"]:
     """Cut a random box out of each image, see ``crop_boxes``, resize it to the size of the image, and mirror half of them.
 
     Bilinear, from the pixels of the box alone; the numbers are drawn on the CPU.
+
+    Args:
+        x: A batch of images, or ``rows`` of one.
+        generator: On the CPU.
+        whole: Images of the batch, for all of which is drawn. Default: ``x`` is all of it.
+        rows: Which of them ``x`` holds.
     """
     n, _, height, width = x.shape
-    boxes, flip = crop_boxes(crop_draws(n, generator), height, width)
+    draws = crop_draws(n if whole is None else whole, generator)[rows]
+    boxes, flip = crop_boxes(draws, height, width)
     top, left, h, w = boxes.to(x.device, x.dtype).unbind(1)
     down, across = _weights(top, h, height), _weights(left, w, width)  # [n, height, height], [n, width, width]
     across = torch.where(flip.to(x.device)[:, None, None], across.flip(1), across)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ntklib import torchrun
 from ntklib.data.folders import FolderError, ImageFiles
 
 STORAGES = ("float32", "uint8", "stream")
@@ -207,12 +208,14 @@ def read(source: Tensor | ImageFiles, request: Request) -> UInt8[Tensor, "n chan
 def worker_count() -> int:
     """Processes that read images for a run: ``NTKLIB_WORKERS``, by default all cores but one, at most 16; 0 reads in the run's own.
 
+    In a job of ``torchrun`` the cores are shared by its processes.
+
     Raises:
         ValueError: If the variable is not a whole number.
     """
     value = os.environ.get(WORKERS, "")
     if not value:
-        return min(16, (os.cpu_count() or 1) - 1)
+        return min(16, max(0, (os.cpu_count() or 1) // torchrun.local_size() - 1))
     if not value.isdecimal():
         msg = f"{WORKERS} must be a whole number of processes, 0 for none. Got {value!r}."
         raise ValueError(msg)

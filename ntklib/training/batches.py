@@ -13,6 +13,7 @@ from ntklib.data.crops import crop_draws, resized_crop_flip
 from ntklib.data.datasets import Dataset
 from ntklib.data.stored import StoredImages, StreamedImages
 from ntklib.random import stream
+from ntklib.training.parallel import ALONE, Alone
 
 Feed = Generator[tuple[Tensor, Tensor], None, None]
 
@@ -60,24 +61,40 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tenso
     return order.split(batch_size)[: steps_per_epoch(n, batch_size)]
 
 
-def batches(data: Dataset, order: BatchOrder, transform: Augmentation, steps: Sequence[int]) -> Feed:
-    """Yield the augmented images and the labels of each step, on the device of the data."""
-    for step, x in zip(steps, _augmented(data.x_train, order, transform, steps), strict=True):
-        yield x, data.y_train[order.indices(step).to(data.y_train.device)]
+def batches(data: Dataset, order: BatchOrder, transform: Augmentation, steps: Sequence[int], processes: Alone = ALONE) -> Feed:
+    """Yield this process's share of the augmented images and labels of each step, on the device of the data.
+
+    Only the share is read; random numbers are drawn for the whole batch.
+    """
+    labels = data.y_train
+    for step, x in zip(steps, _augmented(data.x_train, order, transform, steps, processes), strict=True):
+        yield x, labels[_share(order, step, processes).to(labels.device)]
+
+
+def _share(order: BatchOrder, step: int, processes: Alone) -> Tensor:
+    index = order.indices(step)
+    return index[processes.share(len(index))]
 
 
 def _augmented(
-    images: Tensor | StoredImages, order: BatchOrder, transform: Augmentation, steps: Sequence[int]
+    images: Tensor | StoredImages, order: BatchOrder, transform: Augmentation, steps: Sequence[int], processes: Alone
 ) -> Generator[Tensor, None, None]:
     """Images of each step; those in files are cut out at random where they are decoded, since only there they are whole."""
-    draws = lambda step: stream(order.seed, "augment", step)  # noqa: E731
+
+    def augmented(step: int, x: Tensor) -> Tensor:
+        n = len(order.indices(step))
+        return transform(x, stream(order.seed, "augment", step), whole=n, rows=processes.share(n))
+
+    def crops(step: int) -> Tensor:
+        n = len(order.indices(step))
+        return crop_draws(n, stream(order.seed, "augment", step))[processes.share(n)]
+
     if not isinstance(images, StreamedImages):
         for step in steps:
-            yield transform(images[order.indices(step).to(images.device)], draws(step))
+            yield augmented(step, images[_share(order, step, processes).to(images.device)])
         return
     in_files = transform is resized_crop_flip and images.in_files
-    indices = ((step, order.indices(step)) for step in steps)
-    requests = ((index.numpy(), crop_draws(len(index), draws(step)) if in_files else None) for step, index in indices)
+    requests = ((_share(order, step, processes).numpy(), crops(step) if in_files else None) for step in steps)
     with closing(images.stream(requests)) as arrivals:
         for step, x in zip(steps, arrivals, strict=True):
-            yield x if in_files else transform(x, draws(step))
+            yield x if in_files else augmented(step, x)

@@ -193,12 +193,12 @@ def _minibatches(
 
     running, since = torch.zeros((), device=data.y_train.device), 0
     steps = range(state.step, total)
-    with closing(batches(data, order, transform, steps)) as feed:
+    with closing(batches(data, order, transform, steps, processes)) as feed:
         for step, (x, y) in zip(steps, feed, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
-            batch = processes.cut(x, y, loss_fn)
-            running, since = running + _gradients(model, forward, *batch, plan.seed, step), since + 1
+            part = processes.part(loss_fn, len(order.indices(step)))
+            running, since = running + _gradients(model, forward, part, x, y, plan.seed, step), since + 1
             optimizer.step()
             if averages is not None:
                 averages.update()
@@ -216,7 +216,7 @@ def _minibatches(
                 running, since = torch.zeros_like(running), 0
 
 
-def _gradients(model: nn.Module, forward: Forward, x: Tensor, y: Tensor, loss_fn: Loss, seed: int, step: int) -> Tensor:
+def _gradients(model: nn.Module, forward: Forward, loss_fn: Loss, x: Tensor, y: Tensor, seed: int, step: int) -> Tensor:
     """Loss of a batch in training mode, its gradients left in the parameters; dropout masks depend on seed and step alone."""
     model.train()
     devices = [x.device] if x.is_cuda else []

@@ -37,9 +37,13 @@ class Alone:
         """Return the network that training steps evaluate; it has the parameters and buffers of the model."""
         return model
 
-    def cut(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Loss]:
-        """Return this process's share of a batch and the loss of it, scaled so that its mean over processes is the batch's loss."""
-        return x, y, loss
+    def share(self, n: int) -> slice:
+        """Rows of this process in a batch of ``n`` examples."""
+        return slice(0, n)
+
+    def part(self, loss: Loss, n: int) -> Loss:  # noqa: ARG002
+        """Loss of this process's share of a batch of ``n``, scaled so that its mean over processes is that of the batch."""
+        return loss
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over processes."""
@@ -116,13 +120,12 @@ class Processes(Alone):
         return self._accelerator.prepare_model(joint_twin(model), device_placement=False)
 
     def share(self, n: int) -> slice:
-        """Rows of this process in a batch of ``n`` examples."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
-    def cut(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Loss]:
-        mine = self.share(len(y))
-        weight = self.size * (mine.stop - mine.start) / len(y)
-        return x[mine], y[mine], lambda outputs, targets: weight * loss(outputs, targets)
+    def part(self, loss: Loss, n: int) -> Loss:
+        mine = self.share(n)
+        weight = self.size * (mine.stop - mine.start) / n
+        return lambda outputs, targets: weight * loss(outputs, targets)
 
     def mean(self, value: Tensor) -> Tensor:
         total = value.clone()
