@@ -99,9 +99,8 @@ class Processes(Alone):
             msg = f"device must be 'cpu' or 'cuda' in a job of several processes: each has a GPU of its own. Got {device!r}."
             raise ValueError(msg)
         accelerate = _accelerate()
-        ddp = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)  # statistics are the same everywhere already
         backend = accelerate.InitProcessGroupKwargs(backend="gloo" if device == "cpu" else "nccl")
-        self._accelerator = accelerate.Accelerator(cpu=device == "cpu", kwargs_handlers=[ddp, backend])
+        self._accelerator = accelerate.Accelerator(cpu=device == "cpu", kwargs_handlers=[backend])
         self._messages: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         self.size, self.rank, self.device = torchrun.size(), torchrun.rank(), device
 
