@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 
+import jaxtyping
 import numpy as np
 import psutil
 import pytest
 import torch
 from PIL import Image
 from stand_ins import write_imagenet
+from test_unusual import execute
 
-from ntklib import models
+from ntklib import chapters, models, plots
 from ntklib.data import NAMES, STORAGES, ByteImages, Dataset, StreamedImages, load, probe_set
 from ntklib.data.crops import crop_boxes, crop_draws, resized_crop_flip
 from ntklib.data.folders import FolderError, ImageFiles
@@ -193,6 +195,21 @@ def test_crops_of_files_are_those_of_the_whole_image_whatever_the_workers(worker
             cut = np.asarray(image.crop((left, top, left + w, top + h)).resize((224, 224), Image.Resampling.BILINEAR))
             expected.append(torch.from_numpy(cut[:, ::-1].copy() if flip else cut.copy()).permute(2, 0, 1))
         torch.testing.assert_close(x, data.x_train.standardised(torch.stack(expected)), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_a_chapter_trains_on_a_folder_of_images_that_are_streamed(root, tmp_path, monkeypatch):
+    write_imagenet(root)
+    monkeypatch.setenv("NTKLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("NTKLIB_WORKERS", "1")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    monkeypatch.chdir(chapters.notebooks_folder())
+    monkeypatch.setattr(plots.plt, "show", lambda: None)
+    few = {"num_train": 0, "num_test": 0, "batch_size": 5, "epochs": 2, "num_probe": 2, "num_seeds": 1, "num_control_seeds": 1}
+    values = {"dataset": "imagenet", "storage": "stream", "augment": "resized_crop_flip", "width": 1, "other_datasets": []} | few
+    (result,) = execute("trace_evolution", values)["results"]
+    assert (result.status, set(result.history["step"])) == ("complete", {0, 2, 4})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
