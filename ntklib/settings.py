@@ -12,7 +12,8 @@ PHRASES = {  # pydantic's error type -> what was required
     "less_than": "must be less than {lt:g}", "less_than_equal": "must be at most {le:g}",
     "int_type": "must be a whole number", "int_from_float": "must be a whole number", "int_parsing": "must be a whole number",
     "float_type": "must be a number", "float_parsing": "must be a number", "finite_number": "must be finite",
-    "string_type": "must be text", "missing": "is required",
+    "string_type": "must be text", "bool_type": "must be true or false", "bool_parsing": "must be true or false",
+    "missing": "is required",
 }  # fmt: skip
 
 

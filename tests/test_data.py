@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from stand_ins import write_imagenet
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from ntklib.data import NAMES, DatasetNotFoundError, balanced_indices, check_name, data_root, folders, load, locate, look, probe_set
@@ -311,21 +312,6 @@ def test_the_folder_of_datasets_follows_the_environment(root, monkeypatch):
     assert data_root() == Path.home() / "somewhere"
     monkeypatch.delenv("NTKLIB_DATA")
     assert data_root().parts[-2:] == ("ntklib", "data")
-
-
-def write_imagenet(root: Path, train=(3, 4, 2), val=(1, 2, 1)) -> dict[Path, np.ndarray]:
-    """Write PNG files (no loss) of odd sizes into a folder per class; return their pixels by path."""
-    written, draw = {}, np.random.default_rng(0)
-    for part, counts in (("train", train), ("val", val)):
-        for name, count in zip(("n03", "n01", "n02"), counts, strict=True):
-            folder = root / "imagenet" / part / name
-            folder.mkdir(parents=True)
-            for k in range(count):
-                shape = [(256, 256), (300, 256), (256, 341)][k % 3]  # a shorter side of 256: scaling changes nothing
-                pixels = draw.integers(0, 256, (*shape, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{k}.png")
-                written[folder / f"{k}.png"] = pixels
-    return written
 
 
 def middle(pixels: np.ndarray) -> np.ndarray:

@@ -92,7 +92,7 @@ def _decode(path: Path, draws: Float[Tensor, " numbers"] | None = None) -> np.nd
     if draws is not None:
         box, flip = crop_boxes(draws[None], image.height, image.width)
         top, left, h, w = box[0].tolist()
-        cut = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (left, top, left + w, top + h)))
+        cut = np.asarray(image.crop((left, top, left + w, top + h)).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
         return cut[:, ::-1] if flip else cut
     scale = SHORTER / min(image.size)
     width, height = (round(scale * side) for side in image.size)

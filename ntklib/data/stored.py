@@ -1,9 +1,12 @@
 """Images kept as bytes, on the device or off it, and standardised where they are looked at."""
 
 import os
+import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,11 +168,7 @@ class StreamedImages(StoredImages):
         Raises:
             FolderError: If a file is no image.
         """
-        loader = torch.utils.data.DataLoader(
-            _Reader(self.source), batch_size=None, sampler=requests, num_workers=worker_count(),
-            pin_memory=self.device.type == "cuda", generator=torch.Generator(),  # the global one is left alone
-        )  # fmt: skip
-        arrivals = iter(loader)
+        arrivals = _read_ahead(self.source, requests, pin_memory=self.device.type == "cuda")
         try:
             for pixels in arrivals:
                 if isinstance(pixels, FolderError):
@@ -177,10 +176,25 @@ class StreamedImages(StoredImages):
                 yield self._arrived(pixels)
         finally:
             if hasattr(arrivals, "_shutdown_workers"):
-                arrivals._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+                arrivals._shutdown_workers()
 
     def _arrived(self, pixels: Tensor) -> Tensor:
         return self.standardised(pixels.to(self.device, non_blocking=True))
+
+
+def _read_ahead(source: Tensor | ImageFiles, requests: Iterable[Request], *, pin_memory: bool) -> Any:
+    workers = worker_count()
+    # forked workers share the source; they never touch the GPU. Within a process of a sweep the default would be another
+    context = ("fork" if sys.platform == "linux" else "spawn") if workers else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than there are cores: as asked for
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        return iter(
+            torch.utils.data.DataLoader(
+                _Reader(source), batch_size=None, sampler=requests, num_workers=workers, multiprocessing_context=context,
+                pin_memory=pin_memory, generator=torch.Generator(),  # the global one is left alone
+            )
+        )  # fmt: skip
 
 
 class _Reader(torch.utils.data.Dataset):

@@ -110,7 +110,7 @@ def calibrate_batch_norm(model: nn.Module, x: Tensor | StoredImages, batch_size:
     return model
 
 
-def recalibrated(model: nn.Module, x: Tensor, batch_size: int = 256) -> nn.Module:
+def recalibrated(model: nn.Module, x: Tensor | StoredImages, batch_size: int = 256) -> nn.Module:
     """Return a copy of the model in eval mode whose batch-normalisation statistics are those of ``x``.
 
     Running statistics are averages over the last tens of training steps, over which the weights moved; this is the network at its

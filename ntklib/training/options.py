@@ -1,7 +1,7 @@
 """How training steps are computed: memory layout, precision, compilation, determinism. What is measured never depends on them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -71,10 +71,37 @@ class Forward:
         return outputs.to(x.dtype)
 
 
-def compiled(function, *, mode: str | None = None):
-    """Compile a function of tensors, once per shape, with the random numbers of the eager one."""
-    options = {**(torch._inductor.list_mode_options(mode) if mode else {}), "fallback_random": True}
-    return torch.compile(function, dynamic=False, options=options)
+def compiled(function: Callable[..., Tensor], *, mode: str = "default") -> Callable[..., Tensor]:
+    """Compile a function of tensors, once per shape, with the random numbers of the eager one.
+
+    Args:
+        function: Evaluated by Inductor.
+        mode: Of ``torch.compile``.
+    """
+    from torch._inductor import list_mode_options
+
+    call = torch.compile(function, dynamic=False, options={**list_mode_options(mode), "fallback_random": True})
+    # without this, the ninth shape of a process would be evaluated eagerly, with other rounding than in a process of its own
+    return torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)(call)
+
+
+def full_loss(forward: Callable[[Tensor], Tensor], loss_fn, device: torch.device, *, compile: bool) -> Callable[..., Tensor]:
+    """Return the loss as a function of all inputs and labels; compiled, on a GPU it is replayed as CUDA graphs."""
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(forward(x), y)
+
+    if not compile:
+        return loss
+    if device.type != "cuda":
+        return compiled(loss)
+    graphs = compiled(loss, mode="reduce-overhead")
+
+    def replayed(x: Tensor, y: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step returned is used up
+        return graphs(x, y)
+
+    return replayed
 
 
 def check_determinism(device: str | torch.device) -> None:
