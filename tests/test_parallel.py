@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -14,14 +16,26 @@ from parallel_run import CASES, images, network, train
 from torch import nn
 
 from ntklib import runner, settings, torchrun
+from ntklib.data import load
+from ntklib.data.augment import AUGMENTATIONS, augment_by_name
 from ntklib.training import parallel
-from ntklib.training.batches import BatchOrder, epoch_batches
+from ntklib.training.batches import BatchOrder, batches, epoch_batches
 from ntklib.training.parallel import ALONE, Processes, joint_twin, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 LAWS = {"rtol": 1e-10, "atol": 1e-10}  # the same float64 sums in another order, amplified by a few steps of training
-needs_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="the extra 'cluster' is not installed")
+
+
+def job_test(test):
+    """Mark a test that starts torchrun: slow, and in one process of a parallel test run with the others, for what they share."""
+    installed = importlib.util.find_spec("accelerate") is not None
+    for mark in (
+        pytest.mark.skipif(not installed, reason="the extra 'cluster' is not installed"), pytest.mark.slow,
+        pytest.mark.xdist_group("several processes"),
+    ):  # fmt: skip
+        test = mark(test)
+    return test
 
 
 def start(folder: Path, *arguments: str, count: int = 2, program: tuple[str, ...] = (str(SCRIPT),)) -> subprocess.Popen:
@@ -52,7 +66,7 @@ def laws(tmp_path_factory):
     return [torch.load(folder / f"process-{rank}.pt") for rank in range(2)]
 
 
-@needs_accelerate
+@job_test
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_take_the_steps_of_one(laws, case):
     alone = train(case)
@@ -66,7 +80,7 @@ def test_two_processes_take_the_steps_of_one(laws, case):
     assert len(alone["states"]) == (7 if case != "wild" else 3)
 
 
-@needs_accelerate
+@job_test
 @pytest.mark.parametrize("case", CASES)
 def test_processes_stay_equal_to_the_last_bit(laws, case):
     first, second = (found[case]["tensors"] for found in laws)
@@ -81,7 +95,7 @@ def store(tmp_path_factory):
     return folder, [torch.load(folder / f"process-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@needs_accelerate
+@job_test
 def test_a_run_of_two_processes_is_in_the_store_once_under_the_key_and_with_the_history_of_one(store, tmp_path):
     folder, (first, _) = store
     said = finish(start(tmp_path, str(tmp_path), "stored", "0", count=1))
@@ -93,7 +107,7 @@ def test_a_run_of_two_processes_is_in_the_store_once_under_the_key_and_with_the_
     assert [s["processes"] for s in first["sessions"]] == [2]
 
 
-@needs_accelerate
+@job_test
 def test_process_0_alone_measures_and_the_others_see_its_result(store):
     _, (first, second) = store
     assert first["steps"] == [0, 3, 6, 9, 12, 15, 18]
@@ -107,30 +121,28 @@ def test_process_0_alone_measures_and_the_others_see_its_result(store):
     assert set(first["histories"][4].query("quantity == 'rank'")["value"]) == {0.0}
 
 
-@needs_accelerate
-@pytest.mark.slow
-def test_a_killed_job_is_resumed_by_any_number_of_processes(tmp_path):
-    whole = finish(start(tmp_path / "whole", str(tmp_path / "whole"), "stored", "0", count=2))
-    process = start(tmp_path / "killed", str(tmp_path / "killed"), "stored", "0.3", count=2)
+@job_test
+def test_a_killed_job_is_resumed_by_any_number_of_processes(store, tmp_path):
+    whole, (first, _) = store
+    process = start(tmp_path / "killed", str(tmp_path / "killed"), "stored", "0.3")
     while process.stdout.readline() != "step 6\n":
         assert process.poll() is None
     for p in family(process):
         p.kill()
     process.communicate()
-    histories = [pd.read_parquet(next((tmp_path / "whole").rglob("history-*.parquet")))]
+    histories = [pd.read_parquet(next((whole / "store" / "parallel").rglob("history-*.parquet")))]
     for count in (1, 2):
         again = tmp_path / f"again-{count}"
-        again.mkdir()
-        subprocess.run(["cp", "-r", str(tmp_path / "killed" / "store"), str(again)], check=True)
+        shutil.copytree(tmp_path / "killed" / "store", again / "store")
         said = finish(start(again, str(again), "stored", "0", count=count))
         assert "step 0\n" not in said
-        assert said.splitlines()[-1 if count == 1 else -2].split("[")[0] in whole
+        assert f"complete {first['key']}" in said
         histories.append(pd.read_parquet(next(again.rglob("history-*.parquet"))))
     pd.testing.assert_frame_equal(histories[0], histories[1], rtol=1e-10)
     pd.testing.assert_frame_equal(histories[0], histories[2], check_exact=True)
 
 
-@needs_accelerate
+@job_test
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_a_process_that_ends_badly_ends_the_job(how, tmp_path):
     process = start(tmp_path, str(tmp_path), how)
@@ -139,14 +151,40 @@ def test_a_process_that_ends_badly_ends_the_job(how, tmp_path):
     assert ("ArithmeticError: no luck" if how == "raises" else "Signal 9 (SIGKILL)") in said
 
 
-@needs_accelerate
-def test_what_cannot_be_trained_together_is_refused(tmp_path):
-    finish(start(tmp_path, str(tmp_path), "refusals"))
-    for rank in range(2):
-        said = torch.load(tmp_path / f"process-{rank}.pt")
+@job_test
+def test_what_cannot_be_trained_together_is_refused(laws):
+    for found in laws:
+        said = found["refusals"]
         assert "Every batch needs an example for each process. Got a batch of 1 for 2 processes" in said["batch"]
         assert "Networks with dropout train in one process" in said["dropout"]
         assert "device must be 'cpu' or 'cuda' in a job of several processes" in said["device"]
+
+
+@job_test
+def test_a_chapter_whose_kernel_dies_in_one_process_ends_the_job_and_leaves_no_process_behind(tmp_path):
+    chapter = ("-m", "ntklib", "run", "trace_evolution", "--preset", "smoke")
+    process = start(tmp_path, program=chapter)
+    kernels, seen = [], set()
+    while len(kernels) < 2 or not list((tmp_path / "store").rglob("run.json")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+        for p in family(process):
+            seen.add(p)
+            if p not in kernels and "ipykernel_launcher" in " ".join(command(p)):
+                kernels.append(p)
+    kernels[-1].kill()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "DeadKernelError" in said
+    _, alive = psutil.wait_procs(list(seen), timeout=10)
+    assert not alive
+
+
+def command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
 
 
 def test_without_torchrun_there_is_one_process_and_no_job(monkeypatch):
@@ -171,13 +209,31 @@ def test_a_missing_accelerate_is_said_with_what_installs_it(monkeypatch):
         Processes("cpu")
 
 
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize("storage", ["float32", "uint8", "stream"])
+def test_shares_of_the_augmented_images_are_rows_of_the_batch(storage, augment, monkeypatch):
+    monkeypatch.setenv("NTKLIB_WORKERS", "0")
+    data, order, transform = (
+        load("digits", num_train=23, num_test=10, storage=storage),
+        BatchOrder(23, 8, 3),
+        augment_by_name(augment),
+    )
+    shares = [list(batches(data, order, transform, range(4), member(rank, 3))) for rank in range(3)]
+    for whole, parts in zip(batches(data, order, transform, range(4)), zip(*shares, strict=True), strict=True):
+        for joint, cut in zip(whole, zip(*parts, strict=True), strict=True):
+            torch.testing.assert_close(torch.cat(cut), joint, rtol=1e-6, atol=1e-6)
+
+
+def member(rank: int, size: int) -> Processes:
+    """A process of a job that it has not joined."""
+    one = object.__new__(Processes)
+    one.rank, one.size = rank, size
+    return one
+
+
 @pytest.mark.parametrize(("n", "size"), [(23, 4), (8, 8), (5, 2), (4, 3)])
 def test_shares_cover_a_batch_in_order_and_differ_by_one_at_most(n, size):
-    shares = []
-    for rank in range(size):
-        one = object.__new__(Processes)
-        one.rank, one.size = rank, size
-        shares.append(list(range(n))[one.share(n)])
+    shares = [list(range(n))[member(rank, size).share(n)] for rank in range(size)]
     assert [row for share in shares for row in share] == list(range(n))
     assert {len(s) for s in shares} <= {n // size, -(-n // size)}
 
@@ -186,12 +242,8 @@ def test_shares_cover_a_batch_in_order_and_differ_by_one_at_most(n, size):
 def test_parts_of_a_loss_have_the_mean_of_the_batch(size):
     x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
     loss = nn.functional.mse_loss
-    parts = []
-    for rank in range(size):
-        one = object.__new__(Processes)
-        one.rank, one.size = rank, size
-        mine = one.share(7)
-        parts.append(one.part(loss, 7)(x[mine], y[mine]))
+    ranks = [member(rank, size) for rank in range(size)]
+    parts = [one.part(loss, 7)(x[one.share(7)], y[one.share(7)]) for one in ranks]
     torch.testing.assert_close(torch.stack(parts).mean(), loss(x, y), rtol=1e-14, atol=0)
 
 
@@ -199,12 +251,9 @@ def test_parts_of_a_loss_have_the_mean_of_the_batch(size):
 def test_the_smallest_batch_is_that_of_the_epoch(n, batch_size):
     order = BatchOrder(n, batch_size, 0)
     assert order.smallest == min(map(len, epoch_batches(n, batch_size, 0, 0)))
-    one = object.__new__(Processes)
-    one.size = order.smallest
-    one.check(order.smallest)
-    one.size += 1
+    member(0, order.smallest).check(order.smallest)
     with pytest.raises(ValueError, match=f"Got a batch of {order.smallest} for {order.smallest + 1} processes"):
-        one.check(order.smallest)
+        member(0, order.smallest + 1).check(order.smallest)
 
 
 def test_a_twin_shares_parameters_and_buffers_and_leaves_the_model_as_it_was(monkeypatch):

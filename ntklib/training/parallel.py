@@ -192,9 +192,9 @@ class JointBatchNorm(_BatchNorm):
         if means is None or variances is None or steps is None:
             return
         steps.add_(1)
-        rate = self.momentum if self.momentum is not None else 1 / float(steps)
-        means.lerp_(mean, rate)
-        variances.lerp_(var, rate)
+        rate = self.momentum if self.momentum is not None else 1 / steps  # a tensor, so that compilation need not stop here
+        means.add_(rate * (mean - means))
+        variances.add_(rate * (var - variances))
 
 
 class _Total(torch.autograd.Function):
