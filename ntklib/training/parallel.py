@@ -192,7 +192,7 @@ class JointBatchNorm(_BatchNorm):
         if means is None or variances is None or steps is None:
             return
         steps.add_(1)
-        rate = self.momentum if self.momentum is not None else 1 / steps  # a tensor, so that compilation need not stop here
+        rate = self.momentum if self.momentum is not None else 1 / steps.double()  # no number: compilation would stop here
         means.add_(rate * (mean - means))
         variances.add_(rate * (var - variances))
 
