@@ -72,7 +72,7 @@ def _augmented(
         return
     in_files = transform is resized_crop_flip and images.in_files
     indices = ((step, order.indices(step)) for step in steps)
-    requests = ((index.numpy(), crop_draws(len(index), draws(step)) if in_files else None) for step, index in indices)
+    requests = ((index.numpy(), crop_draws(len(index), draws(step)).numpy() if in_files else None) for step, index in indices)
     with closing(images.stream(requests)) as arrivals:
         for step, x in zip(steps, arrivals, strict=True):
             yield x if in_files else transform(x, draws(step))
