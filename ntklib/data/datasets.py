@@ -17,7 +17,7 @@ from platformdirs import user_cache_dir
 from torch import Tensor
 
 from ntklib.data.folders import FolderError, ImageFiles, check_memory, image_folders
-from ntklib.data.stored import SAMPLE, STORAGES, ByteImages, StoredImages, StreamedImages, statistics
+from ntklib.data.stored import STORAGES, ByteImages, StoredImages, StreamedImages, file_statistics, statistics
 from ntklib.data.subsets import balanced_indices
 from ntklib.random import stream
 from ntklib.text import check_known
@@ -121,7 +121,7 @@ def load(
     ============== ====================================================================================================
 
     Means and standard deviations of stored images are exact, those of tensors are PyTorch's of float32 numbers, so the images agree
-    to rounding (about 1e-5). Streamed files are standardised by the statistics of the first 8,192 training images.
+    to rounding (about 1e-5). Streamed files are standardised by the statistics of at most 8,192 training images, evenly spaced.
 
     Args:
         name: One of the names above.
@@ -161,7 +161,7 @@ def _standardised(x_train: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stored(x_train: np.ndarray | ImageFiles, x_test: np.ndarray | ImageFiles, storage: str) -> tuple[StoredImages, StoredImages]:
     if isinstance(x_train, ImageFiles) and isinstance(x_test, ImageFiles) and storage == "stream":
-        mean, std = statistics(_pixels(ImageFiles(x_train.paths[:SAMPLE])))
+        mean, std = file_statistics(x_train.paths)
         return StreamedImages(x_train, mean, std), StreamedImages(x_test, mean, std)
     train, test = (_pixels(x).to(torch.uint8, copy=True) for x in (x_train, x_test))
     kind = StreamedImages if storage == "stream" else ByteImages

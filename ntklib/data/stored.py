@@ -6,6 +6,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from ntklib import torchrun
 from ntklib.data.folders import FolderError, ImageFiles
 
 STORAGES = ("float32", "uint8", "stream")
-SAMPLE = 8192  # images decoded from files by which statistics are measured
+SAMPLE = 8192  # images in files of which statistics are measured
 WORKERS = "NTKLIB_WORKERS"  # environment variable: processes that decode images for a run
 CHUNK = 2048  # images whose bytes are summed at a time
 
@@ -112,7 +114,7 @@ class ByteImages(StoredImages):
         return ByteImages(self.pixels.to(device), self.mean.to(device), self.std.to(device))
 
 
-Request = tuple[np.ndarray, Tensor | None]  # which images, and random numbers of a crop of each
+Request = tuple[np.ndarray, np.ndarray | None]  # which images, and random numbers of a crop of each
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,8 @@ def read(source: Tensor | ImageFiles, request: Request) -> UInt8[Tensor, "n chan
     if isinstance(source, Tensor):
         return source[torch.from_numpy(rows)]
     alone = torch.utils.data.get_worker_info() is not None  # a worker decodes one image at a time: there are others
-    return torch.from_numpy(source.decode(rows, draws, threads=1 if alone else None)).permute(0, 3, 1, 2).contiguous()
+    numbers = None if draws is None else torch.from_numpy(draws)
+    return torch.from_numpy(source.decode(rows, numbers, threads=1 if alone else None)).permute(0, 3, 1, 2).contiguous()
 
 
 def worker_count() -> int:
@@ -234,6 +237,13 @@ def worker_count() -> int:
         msg = f"{WORKERS} must be a whole number of processes, 0 for none. Got {value!r}."
         raise ValueError(msg)
     return int(value)
+
+
+@lru_cache(maxsize=4)
+def file_statistics(paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
+    """``statistics`` of the middles of at most 8,192 images in files, evenly spaced in the alphabetic order of the files."""
+    some = sorted(paths)[:: -(-len(paths) // SAMPLE)]
+    return statistics(torch.from_numpy(ImageFiles(tuple(some))[:]).permute(0, 3, 1, 2))
 
 
 def sample(images: Tensor | StoredImages) -> Tensor | StoredImages:

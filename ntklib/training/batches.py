@@ -94,7 +94,7 @@ def _augmented(
             yield augmented(step, images[_share(order, step, processes).to(images.device)])
         return
     in_files = transform is resized_crop_flip and images.in_files
-    requests = ((_share(order, step, processes).numpy(), crops(step) if in_files else None) for step in steps)
+    requests = ((_share(order, step, processes).numpy(), crops(step).numpy() if in_files else None) for step in steps)
     with closing(images.stream(requests)) as arrivals:
         for step, x in zip(steps, arrivals, strict=True):
             yield x if in_files else augmented(step, x)
