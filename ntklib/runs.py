@@ -113,7 +113,7 @@ class Run:
     # -- life of the context ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self._processes = processes(str(self.settings.get("device", "cpu")))
+        self._processes = processes()
         busy = self._open() if self._processes.rank == 0 else None
         self._hear(busy)
         self._checkpoint = self._processes.broadcast(self._checkpoint)

@@ -270,12 +270,15 @@ def resolve_device(device: str) -> str:
     """Return a device that is there: ``"auto"`` is CUDA when torch sees a card and the CPU otherwise.
 
     Raises:
-        ValueError: If the device is of another kind, or CUDA was asked for and is absent.
+        ValueError: If the device is of another kind, CUDA was asked for and is absent, or one of several processes names a GPU.
     """
     import torch
 
     from ntklib import torchrun
 
+    if ":" in device and torchrun.size() > 1:
+        msg = f"device must be 'auto', 'cpu' or 'cuda' where torchrun has started several processes. Got {device!r}."
+        raise ValueError(msg)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):

@@ -70,7 +70,7 @@ def train(case: str, together=ALONE) -> dict:
 
 def laws(folder: Path) -> None:
     """Every case in this job."""
-    together = processes("cpu")
+    together = processes()
     found = {case: train(case, together) for case in CASES} | {"refusals": refusals(together)}
     torch.save(found, folder / f"process-{together.rank}.pt")
 
@@ -123,7 +123,7 @@ def no_processes(model, images, *, lr, steps, seed, resume=None):
 
 def endings(how: str) -> None:
     """A run whose process 1 ends badly at step 9."""
-    net, together = network("normed"), processes("cpu")
+    net, together = network("normed"), processes()
     for state in sgd(net, images(), lr=0.01, batch_size=8, epochs=1000, measure_at=range(0, 3000, 3), processes=together):
         if state.step == 9 and together.rank == 1:
             if how == "raises":
@@ -140,10 +140,6 @@ def refusals(together) -> dict[str, str]:
             next(sgd(net, images(), lr=0.1, batch_size=size, epochs=1, processes=together))
         except ValueError as error:
             said[name] = str(error)
-    try:
-        processes("cuda:1")
-    except ValueError as error:
-        said["device"] = str(error)
     return said
 
 

@@ -20,7 +20,7 @@ from ntklib.data import load
 from ntklib.data.augment import AUGMENTATIONS, augment_by_name
 from ntklib.training import parallel
 from ntklib.training.batches import BatchOrder, batches, epoch_batches
-from ntklib.training.parallel import ALONE, Processes, joint_twin, processes
+from ntklib.training.parallel import ALONE, JointBatchNorm, Processes, joint_twin, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("parallel_run.py")
@@ -157,7 +157,6 @@ def test_what_cannot_be_trained_together_is_refused(laws):
         said = found["refusals"]
         assert "Every batch needs an example for each process. Got a batch of 1 for 2 processes" in said["batch"]
         assert "Networks with dropout train in one process" in said["dropout"]
-        assert "device must be 'cpu' or 'cuda' in a job of several processes" in said["device"]
 
 
 @job_test
@@ -191,9 +190,9 @@ def test_without_torchrun_there_is_one_process_and_no_job(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")  # some other launcher's
     monkeypatch.setenv("RANK", "3")
     assert (torchrun.size(), torchrun.rank(), torchrun.local_size(), torchrun.local_rank()) == (1, 0, 1, 0)
-    assert processes("cpu") is ALONE
+    assert processes() is ALONE
     with pytest.raises(ValueError, match="needs processes that torchrun has started. Got one process without torchrun. Start"):
-        Processes("cpu")
+        Processes()
 
 
 def job(monkeypatch, rank: int, size: int) -> None:
@@ -206,7 +205,7 @@ def test_a_missing_accelerate_is_said_with_what_installs_it(monkeypatch):
     job(monkeypatch, 0, 2)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs the package accelerate: pip install .* '.\[cluster\]'"):
-        Processes("cpu")
+        Processes()
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
@@ -256,14 +255,17 @@ def test_the_smallest_batch_is_that_of_the_epoch(n, batch_size):
         member(0, order.smallest + 1).check(order.smallest)
 
 
-def test_a_twin_shares_parameters_and_buffers_and_leaves_the_model_as_it_was(monkeypatch):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_twin_shares_parameters_and_buffers_and_leaves_the_model_as_it_was(on_gpu, monkeypatch):
     monkeypatch.setattr(parallel, "total_over_processes", lambda value: value)  # one process
     model = network("normed").eval()
     kinds, before = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
-    twin = joint_twin(model)
+    twin = joint_twin(model, on_gpu)
     assert [type(m) for m in model.modules()] == kinds
     assert not model.training
-    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    for ours, theirs in ((model.named_parameters(), twin.named_parameters()), (model.named_buffers(), twin.named_buffers())):
+        assert all(a == b and v is w for (a, v), (b, w) in zip(ours, theirs, strict=True))
+    assert sum(isinstance(m, nn.SyncBatchNorm if on_gpu else JointBatchNorm) for m in twin.modules()) == 4
     x = images().x_train
     out = twin(x)
     assert not torch.equal(model.state_dict()["1.running_mean"], before["1.running_mean"])
@@ -277,7 +279,7 @@ def test_joint_normalisation_sums_in_float32_at_least(dtype, monkeypatch):
     norm = nn.BatchNorm1d(4)
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = nn.BatchNorm1d(4)(x.float()).to(dtype)
-    got = joint_twin(norm)(x)
+    got = joint_twin(norm, on_gpu=False)(x)
     assert got.dtype == dtype
     torch.testing.assert_close(got, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
 
@@ -291,6 +293,14 @@ def test_processes_of_a_job_write_notebooks_of_their_own_and_follow_that_of_proc
     assert other.output.parts[-3:] == ("shares", "smoke", "quickstart.process-3.ipynb")
     assert other.log != first.log
     assert (other.stamp, other.up_to_date()) == (first.stamp, first.up_to_date())
+
+
+def test_a_process_of_a_job_may_not_name_a_gpu(monkeypatch):
+    job(monkeypatch, 1, 2)
+    with pytest.raises(
+        ValueError, match="device must be 'auto', 'cpu' or 'cuda' where torchrun has started several .* Got 'cuda:1'"
+    ):
+        settings.resolve_device("cuda:1")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -62,7 +62,7 @@ ALONE = Alone()
 
 
 class Processes(Alone):
-    r"""The processes of a job that ``torchrun`` has started, joined through Hugging Face Accelerate.
+    r"""The processes of a job that ``torchrun`` has started, trained together through Hugging Face Accelerate.
 
     A batch of n examples is cut into shares of n_r examples, in order, whose sizes differ by at most one. With l_r the mean loss
     of share r,
@@ -77,32 +77,26 @@ class Processes(Alone):
     CPU. Augmentations are drawn for the whole batch, then cut. Dropout modules are refused: masks drawn by each process would
     make the numbers depend on P. (A dropout that a network calls as a function is not seen.)
 
-    Gradients go through NCCL on GPUs, with its own time limit, and through gloo on the CPU; what process 0 tells the others goes
-    through gloo with a limit of ``PATIENCE``. When a process ends with an error, ``torchrun`` ends the others.
-
-    Args:
-        device: ``"cpu"`` or ``"cuda"``; process r of a machine uses its GPU r.
+    Process r of a machine uses its GPU r. Gradients go through NCCL on GPUs, with its own time limit, and through gloo on the
+    CPU; what process 0 tells the others goes through gloo with a limit of ``PATIENCE``. When a process ends with an error,
+    ``torchrun`` ends the others.
 
     Raises:
-        ValueError: If ``torchrun`` has not started this process, or the device names one GPU.
+        ValueError: If ``torchrun`` has not started this process.
         ModuleNotFoundError: If Accelerate is not installed.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self) -> None:
         if torchrun.size() < 2:
             msg = (
                 "Data-parallel training needs processes that torchrun has started. Got one process without torchrun. "
                 "Start it as: torchrun --standalone --nproc-per-node 8 -m ntklib run CHAPTER"
             )
             raise ValueError(msg)
-        if device not in ("cpu", "cuda"):
-            msg = f"device must be 'cpu' or 'cuda' in a job of several processes: each has a GPU of its own. Got {device!r}."
-            raise ValueError(msg)
-        accelerate = _accelerate()
-        backend = accelerate.InitProcessGroupKwargs(backend="gloo" if device == "cpu" else "nccl")
-        self._accelerator = accelerate.Accelerator(cpu=device == "cpu", kwargs_handlers=[backend])
+        self._library = _accelerate()
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         self._messages: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-        self.size, self.rank, self.device = torchrun.size(), torchrun.rank(), device
+        self.size, self.rank = torchrun.size(), torchrun.rank()
 
     def check(self, smallest: int) -> None:
         if smallest < self.size:
@@ -116,7 +110,9 @@ class Processes(Alone):
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
             msg = "Networks with dropout train in one process: its masks would depend on the number of processes. Set p to 0."
             raise ValueError(msg)
-        return self._accelerator.prepare_model(joint_twin(model), device_placement=False)
+        on_gpu = any(w.is_cuda for w in model.parameters())
+        accelerator = self._library.Accelerator(cpu=not on_gpu, mixed_precision="no")
+        return accelerator.prepare_model(joint_twin(model, on_gpu), device_placement=False)
 
     def share(self, n: int) -> slice:
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
@@ -132,7 +128,7 @@ class Processes(Alone):
         return total / self.size
 
     def agree(self, yes: bool) -> bool:
-        return float(self.mean(torch.tensor(float(yes), device=self.device))) == 1.0
+        return float(self.mean(torch.tensor(float(yes)))) == 1.0
 
     def broadcast(self, message: Message) -> Message:
         box = [message]
@@ -141,23 +137,23 @@ class Processes(Alone):
 
 
 @cache
-def processes(device: str) -> Alone:
-    """The processes of this job, joined at the first call; ``ALONE`` in a process that ``torchrun`` has not started.
-
-    Args:
-        device: See ``Processes``.
-    """
-    return ALONE if torchrun.size() == 1 else Processes(device)
+def processes() -> Alone:
+    """The processes of this job, joined at the first call; ``ALONE`` in a process that ``torchrun`` has not started."""
+    return ALONE if torchrun.size() == 1 else Processes()
 
 
-def joint_twin(model: nn.Module) -> nn.Module:
+def joint_twin(model: nn.Module, on_gpu: bool) -> nn.Module:
     """A second tree of modules over the same parameters and buffers, in training mode, that normalises by the joint batch.
 
     The model itself stays one that a single process can evaluate.
+
+    Args:
+        model: The network in training.
+        on_gpu: Whether to use PyTorch's ``SyncBatchNorm``, which needs a GPU.
     """
     tensors = chain(model.parameters(), model.buffers())
     twin = copy.deepcopy(model, {id(t): t for t in tensors}).train()
-    if any(w.is_cuda for w in model.parameters()):
+    if on_gpu:
         return nn.SyncBatchNorm.convert_sync_batchnorm(twin)
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
