@@ -211,12 +211,14 @@ class FullBatchSettings(ImageSettings):
         width: Hidden units per layer of the MLP.
         lr_fraction: Learning rate as a fraction of the largest stable one at initialization, 2 n / lambda_max(K_0).
         steps: Gradient steps.
+        compile: Compile them; on a GPU they are replayed as CUDA graphs.
     """
 
     num_train: Positive
     width: Positive
     lr_fraction: Annotated[float, Field(gt=0)]
     steps: Positive
+    compile: bool = False
 
 
 class MarginSettings(ImageSettings):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ntklib import SupervisedSettings, models
-from ntklib.data import Dataset
+from ntklib.data import Dataset, modular_addition
 from ntklib.models import initialize
 from ntklib.random import stream
 from ntklib.training import TrainingOptions, accuracy, full_batch_adamw, gradient_descent, loop_by_optimizer, sgd
@@ -245,6 +245,28 @@ def test_compiled_full_batch_steps_are_the_eager_ones_to_rounding(loop, monkeypa
     assert [(s, pytest.approx(value, rel=1e-5)) for s, value, _ in eager] == [(s, value) for s, value, _ in compiled]
     for k, (step, _, tensors) in enumerate(compiled):
         assert bits(full_batch(loop, compile=True, resume=(step, tensors)), compiled[k + 1 :])
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_a_compiled_transformer_is_trained_like_the_eager_one(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    pairs = modular_addition(5, 0.5, seed=0)
+
+    def run(compile: bool) -> list[float]:
+        net = models.ModularTransformer(p=5, width=8, heads=2, hidden=16)
+        options = {"lr": 0.01, "steps": 20, "forward": net.folded, "compile": compile}
+        return [s.loss for s in full_batch_adamw(net, pairs.train, pairs.sums(pairs.train), **options)]
+
+    assert run(True) == pytest.approx(run(False), rel=1e-4)  # float32
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_a_step_is_compiled_in_bf16_too():
+    full = path(network("mlp"))
+    eager, compiled = (path(network("mlp"), precision="bf16", compile=c) for c in (False, True))
+    assert furthest(eager, compiled) < 0.2 * furthest(full, eager)
 
 
 @pytest.mark.parametrize("loop", [gradient_descent, full_batch_adamw])
