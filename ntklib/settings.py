@@ -149,7 +149,7 @@ class SupervisedSettings(TracedSettings):
         augment: ``"none"``, ``"crop_flip"`` or ``"resized_crop_flip"``.
         storage: How images are kept: ``"float32"``, ``"uint8"`` or ``"stream"``, see ``data.load``.
         channels_last: See ``TrainingOptions``, and so for the next three.
-        precision: ``"float32"`` or ``"bf16"``, of training steps.
+        precision: ``"float32"``, ``"tf32"`` or ``"bf16"``, of training steps.
         compile: Compile the network for training steps.
         deterministic: Refuse operations whose result is not the same every time.
     """
