@@ -9,7 +9,7 @@ import click
 import yaml
 from rich.console import Console
 
-from ntklib import chapters
+from ntklib import chapters, torchrun
 
 PRESET = click.option("--preset", default="default", show_default=True, help=f"One of: {', '.join(chapters.PRESETS)}.")
 JOBS = click.option("-j", "--jobs", default=min(2, os.cpu_count() or 1), show_default=True, help="Chapters at a time.")
@@ -21,8 +21,12 @@ FORCE = click.option("--force", is_flag=True, help="Execute even what is up to d
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="ntklib")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Reproduce the dynamics of empirical neural tangent kernels."""
+    if torchrun.size() > 1 and context.invoked_subcommand != "run":
+        msg = f"Of ntklib's commands torchrun starts run alone, for one chapter. Got {context.invoked_subcommand!r}."
+        raise chapters.ParameterError(msg)
 
 
 @cli.command()

@@ -149,7 +149,7 @@ class SupervisedSettings(TracedSettings):
         augment: ``"none"``, ``"crop_flip"`` or ``"resized_crop_flip"``.
         storage: How images are kept: ``"float32"``, ``"uint8"`` or ``"stream"``, see ``data.load``.
         channels_last: See ``TrainingOptions``, and so for the next three.
-        precision: ``"float32"`` or ``"bf16"``, of training steps.
+        precision: ``"float32"``, ``"tf32"`` or ``"bf16"``, of training steps.
         compile: Compile the network for training steps.
         deterministic: Refuse operations whose result is not the same every time.
     """
@@ -211,12 +211,14 @@ class FullBatchSettings(ImageSettings):
         width: Hidden units per layer of the MLP.
         lr_fraction: Learning rate as a fraction of the largest stable one at initialization, 2 n / lambda_max(K_0).
         steps: Gradient steps.
+        compile: Compile them; on a GPU they are replayed as CUDA graphs.
     """
 
     num_train: Positive
     width: Positive
     lr_fraction: Annotated[float, Field(gt=0)]
     steps: Positive
+    compile: bool = False
 
 
 class MarginSettings(ImageSettings):

@@ -1,7 +1,9 @@
 """Laws of the options of training steps: layout, precision, compilation and determinism."""
 
+import inspect
 import os
 import shutil
+from contextlib import contextmanager
 
 import jaxtyping
 import pytest
@@ -9,14 +11,14 @@ import torch
 from torch import nn
 
 from ntklib import SupervisedSettings, models
-from ntklib.data import Dataset
+from ntklib.data import Dataset, modular_addition
 from ntklib.models import initialize
 from ntklib.random import stream
-from ntklib.training import TrainingOptions, accuracy, full_batch_adamw, gradient_descent, loop_by_optimizer, sgd
-from ntklib.training.options import Forward, check_determinism, determinism
+from ntklib.training import TrainingOptions, accuracy, full_batch_adamw, gradient_descent, loop_by_optimizer, minibatch, sgd
+from ntklib.training.options import Forward, check_determinism, determinism, float32_products
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
-OPTIONS = [{"channels_last": True}, {"precision": "bf16"}, {"compile": True}, {"deterministic": True}]
+OPTIONS = [{"channels_last": True}, {"precision": "tf32"}, {"precision": "bf16"}, {"compile": True}, {"deterministic": True}]
 
 
 def dataset(n: int = 20, shape: tuple[int, ...] = (2, 16, 16)) -> Dataset:
@@ -84,6 +86,48 @@ def test_bf16_is_of_training_steps_alone():
     assert {dtype for training, dtype in types if not training} == {torch.float32}
     forward = Forward(net, TrainingOptions(precision="bf16"))
     assert forward(dataset().x_train).dtype == torch.float32  # the loss is taken in full precision
+
+
+def test_products_on_a_gpu_are_exact_but_in_training_steps_of_lower_precision(monkeypatch):
+    """The flags can be set where there is no GPU."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    flags = lambda: [place.fp32_precision for place in places]  # noqa: E731
+    before = flags()
+    for precision, value in (("float32", "ieee"), ("tf32", "tf32"), ("bf16", "tf32")):
+        with float32_products(precision, torch.device("cuda:0")):
+            assert flags() == [value] * 2
+        assert flags() == before
+    with float32_products("float32", torch.device("cpu")):
+        assert flags() == before
+    monkeypatch.setattr(minibatch, "float32_products", lambda precision, _: float32_products(precision, torch.device("cuda")))
+    net, seen = network("mlp"), []
+    net.register_forward_hook(lambda *_: seen.append((net.training, *flags())))
+    for state in sgd(net, dataset(), lr=0.001, batch_size=10, epochs=1, precision="tf32"):
+        accuracy(state.model, dataset().x_test, dataset().y_test)
+    assert set(seen) == {(True, "tf32", "tf32"), (False, "ieee", "ieee")}
+    assert flags() == before
+
+
+@pytest.mark.parametrize("loop", [gradient_descent, full_batch_adamw])
+def test_full_batch_loops_compute_with_exact_products(loop, monkeypatch):
+    devices = []
+
+    @contextmanager
+    def products(precision, device):
+        devices.append((precision, device.type))
+        yield
+        devices.append("end")
+
+    monkeypatch.setattr("ntklib.training.options.float32_products", products)
+    data, net = dataset(), network("mlp")
+    for _ in loop(net, data.x_train, data.y_train, lr=0.01, steps=1, loss="cross_entropy"):
+        assert devices == [("float32", "cpu")]
+    assert devices == [("float32", "cpu"), "end"]
+    assert "steps" in inspect.signature(loop).parameters  # what a run takes from its settings
+
+
+def test_tf32_is_float32_on_a_processor(plain):
+    assert bits(path(network(), precision="tf32")[1:], plain[1:])
 
 
 @pytest.mark.parametrize("loop", ["sgd", "adam", "adamw"])
@@ -196,16 +240,16 @@ def test_a_compiled_run_resumed_from_any_step_ends_with_the_same_bits():
     assert_resumes("mlp", {"compile": True})
 
 
-def assert_resumes(kind: str, options: dict) -> None:
-    whole = path(network(kind), momentum=0.9, **options)
+def assert_resumes(kind: str, chosen: dict) -> None:
+    whole = path(network(kind), momentum=0.9, **chosen)
     for k, (step, _, tensors) in enumerate(whole):
-        rest = path(network(kind, seed=9), momentum=0.9, resume=(step, tensors), **options)
+        rest = path(network(kind, seed=9), momentum=0.9, resume=(step, tensors), **chosen)
         assert bits(rest, whole[k + 1 :])
 
 
 @pytest.mark.parametrize("call", [lambda: TrainingOptions(precision="fp16"), lambda: path(network("mlp"), precision="fp16")])
 def test_an_unknown_precision_is_refused(call):
-    with pytest.raises(ValueError, match=r"Unknown precision 'fp16'\. Did you mean 'bf16'\? Known: bf16, float32\."):
+    with pytest.raises(ValueError, match=r"Unknown precision 'fp16'\. Did you mean 'bf16'\? Known: bf16, float32, tf32\."):
         call()
 
 
@@ -215,7 +259,7 @@ SETTINGS = {"dataset": "digits", "model": "mlp", "width": 4, "lr": 0.1, "batch_s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precision": "half"}, r"Unknown precision 'half'\..* Known: bf16, float32"),
+        ({"precision": "half"}, r"Unknown precision 'half'\..* Known: bf16, float32, tf32"),
         ({"storage": "bytes"}, r"Unknown storage 'bytes'\. Known: float32, stream, uint8"),
         ({"compile": "later"}, r"compile must be true or false\. Got 'later'"),
         ({"channels_last": 3}, r"channels_last must be true or false\. Got 3"),
@@ -245,6 +289,28 @@ def test_compiled_full_batch_steps_are_the_eager_ones_to_rounding(loop, monkeypa
     assert [(s, pytest.approx(value, rel=1e-5)) for s, value, _ in eager] == [(s, value) for s, value, _ in compiled]
     for k, (step, _, tensors) in enumerate(compiled):
         assert bits(full_batch(loop, compile=True, resume=(step, tensors)), compiled[k + 1 :])
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_a_compiled_transformer_is_trained_like_the_eager_one(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    pairs = modular_addition(5, 0.5, seed=0)
+
+    def run(compile: bool) -> list[float]:
+        net = models.ModularTransformer(p=5, width=8, heads=2, hidden=16)
+        options = {"lr": 0.01, "steps": 20, "forward": net.folded, "compile": compile}
+        return [s.loss for s in full_batch_adamw(net, pairs.train, pairs.sums(pairs.train), **options)]
+
+    assert run(True) == pytest.approx(run(False), rel=1e-4)  # float32
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_a_step_is_compiled_in_bf16_too():
+    full = path(network("mlp"))
+    eager, compiled = (path(network("mlp"), precision="bf16", compile=c) for c in (False, True))
+    assert furthest(eager, compiled) < 0.2 * furthest(full, eager)
 
 
 @pytest.mark.parametrize("loop", [gradient_descent, full_batch_adamw])

@@ -16,6 +16,8 @@ from parallel_run import CASES, images, network, train
 from torch import nn
 
 from ntklib import runner, settings, torchrun
+from ntklib.__main__ import main
+from ntklib.chapters import _machine
 from ntklib.data import load
 from ntklib.data.augment import AUGMENTATIONS, augment_by_name
 from ntklib.training import parallel
@@ -105,6 +107,7 @@ def test_a_run_of_two_processes_is_in_the_store_once_under_the_key_and_with_the_
     alone = pd.read_parquet(next(tmp_path.rglob("history-*.parquet")))
     pd.testing.assert_frame_equal(alone, first["histories"][0], rtol=1e-10)
     assert [s["processes"] for s in first["sessions"]] == [2]
+    assert _machine(first["sessions"][0]).endswith(" with 2 processes of 1 thread per run")
 
 
 @job_test
@@ -206,6 +209,15 @@ def test_a_missing_accelerate_is_said_with_what_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs the package accelerate: pip install .* '.\[cluster\]'"):
         Processes()
+
+
+def test_torchrun_starts_one_chapter_alone(monkeypatch, capsys):
+    job(monkeypatch, 0, 2)
+    monkeypatch.setattr(sys, "argv", ["ntklib", "run-all"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "Of ntklib's commands torchrun starts run alone, for one chapter. Got 'run-all'." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)

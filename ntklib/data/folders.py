@@ -81,12 +81,12 @@ def check_memory(count: int, storage: str = "float32") -> None:
 
 
 def _decode(path: Path, draws: Float[Tensor, " numbers"] | None = None) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow calls a broken PNG a syntax error
         msg = f"{path} is not an image that can be read: {error}. Replace the file or remove it."
         raise FolderError(msg) from error
     if draws is not None:

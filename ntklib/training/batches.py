@@ -73,7 +73,7 @@ def batches(data: Dataset, order: BatchOrder, transform: Augmentation, steps: Se
 
 def _share(order: BatchOrder, step: int, processes: Alone) -> Tensor:
     index = order.indices(step)
-    return index[processes.share(len(index))]
+    return index if processes.size == 1 else index[processes.share(len(index))]
 
 
 def _augmented(

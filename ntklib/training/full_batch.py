@@ -8,10 +8,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ntklib.training.losses import loss_by_name
-from ntklib.training.options import full_loss
+from ntklib.training.options import full_loss, in_float32
 from ntklib.training.state import Checkpoint, State
 
 
+@in_float32
 def gradient_descent(
     model: nn.Module,
     x: Tensor,
@@ -76,6 +77,7 @@ def gradient_descent(
         optimizer.step()
 
 
+@in_float32
 def full_batch_adamw(
     model: nn.Module,
     x: Tensor,

@@ -17,7 +17,7 @@ from ntklib.text import check_known
 from ntklib.training.batches import BatchOrder, batches
 from ntklib.training.ema import ExponentialAverages
 from ntklib.training.losses import loss_by_name
-from ntklib.training.options import Forward, TrainingOptions, determinism
+from ntklib.training.options import Forward, TrainingOptions, determinism, float32_products
 from ntklib.training.parallel import ALONE, Alone, Loss
 from ntklib.training.schedules import learning_rate
 from ntklib.training.state import Checkpoint, State
@@ -76,7 +76,7 @@ def sgd(
             do not change training.
         ema_buffers: What the averaged networks take for buffers, see there.
         channels_last: See ``TrainingOptions``, and so for the next three.
-        precision: ``"float32"`` or ``"bf16"``, of training steps.
+        precision: ``"float32"``, ``"tf32"`` or ``"bf16"``, of training steps.
         compile: Compile the network for training steps.
         deterministic: Refuse operations whose result is not the same every time.
         measure_at: Steps at which to yield. Default: 0 and every epoch's end.
@@ -90,7 +90,7 @@ def sgd(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     plan = _Plan(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
     options = TrainingOptions(channels_last, precision, compile, deterministic)
-    with determinism(deterministic, data.y_train.device):
+    with determinism(deterministic, data.y_train.device), float32_products("float32", data.y_train.device):
         yield from _minibatches(model, data, optimizer, plan, options, measure_at, resume, processes)
 
 
@@ -132,7 +132,7 @@ def adamw(
     optimizer = kind(model.parameters(), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
     plan = _Plan(lr, batch_size, epochs, schedule, loss, augment, seed, tuple(ema_decays), ema_buffers)
     options = TrainingOptions(channels_last, precision, compile, deterministic)
-    with determinism(deterministic, data.y_train.device):
+    with determinism(deterministic, data.y_train.device), float32_products("float32", data.y_train.device):
         yield from _minibatches(model, data, optimizer, plan, options, measure_at, resume, processes)
 
 
@@ -198,7 +198,8 @@ def _minibatches(
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             part = processes.part(loss_fn, len(order.indices(step)))
-            running, since = running + _gradients(model, forward, part, x, y, plan.seed, step), since + 1
+            with float32_products(options.precision, x.device):
+                running, since = running + _gradients(model, forward, part, x, y, plan.seed, step), since + 1
             optimizer.step()
             if averages is not None:
                 averages.update()

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,11 @@ from torch import Tensor, nn
 from ntklib.text import check_known
 from ntklib.training.parallel import ALONE, Alone
 
-PRECISIONS = ("float32", "bf16")
+PRECISIONS = ("float32", "tf32", "bf16")
 WORKSPACES = (":4096:8", ":16:8")  # values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS adds in a fixed order
+
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,9 @@ class TrainingOptions:
     Attributes:
         channels_last: Images, and weights of convolutions, with the channels innermost in memory. Without it the layout of the
             model is left as it is (``models.build`` makes channels-last weights) and images stay as they are stored.
-        precision: ``"float32"``, or ``"bf16"``: matrix products and convolutions of the forward and backward pass of training
-            steps take bfloat16 inputs (8 bits of mantissa; PyTorch's autocast). Parameters, their gradients, the optimizer and the
+        precision: Of matrix products and convolutions in the forward and backward pass of training steps: ``"float32"``;
+            ``"tf32"``, which on a GPU rounds their factors to 11 bits and elsewhere changes nothing; or ``"bf16"``, which rounds
+            them, and what lies between them, to 8 bits (PyTorch's autocast). Parameters, their gradients, the optimizer and the
             loss of the outputs stay float32.
         compile: Evaluate the network of training steps by ``torch.compile``, one compilation per shape of a batch.
         deterministic: Only operations whose result is the same every time, from the start of the loop to its end, measurements
@@ -64,11 +70,42 @@ class Forward:
     def __call__(self, x: Tensor) -> Tensor:
         if self.options.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        if self.options.precision == "float32":
+        if self.options.precision != "bf16":
             return self._call(x)
         with torch.autocast(x.device.type, torch.bfloat16):
             outputs = self._call(x)
         return outputs.to(x.dtype)
+
+
+@contextmanager
+def float32_products(precision: str, device: torch.device) -> Iterator[None]:
+    """On a GPU, compute products of float32 numbers as they are, or, where the precision is lower, from TF32 factors, for a while.
+
+    PyTorch's own default is TF32 for convolutions and float32 for matrix products.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # pyright: ignore
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee" if precision == "float32" else "tf32"
+        yield
+    finally:
+        for place, old in zip(places, before, strict=True):
+            place.fp32_precision = old
+
+
+def in_float32(loop: Callable[Concatenate[nn.Module, P], Iterator[Any]]) -> Callable[Concatenate[nn.Module, P], Iterator[Any]]:
+    """Let a training loop compute with ``float32_products`` that are exact, measurements between its states included."""
+
+    @wraps(loop)
+    def run(model: nn.Module, *arguments: P.args, **more: P.kwargs) -> Iterator[Any]:
+        with float32_products("float32", next(model.parameters()).device):
+            yield from loop(model, *arguments, **more)
+
+    return run
 
 
 def compiled(function: Callable[..., Tensor], *, mode: str = "default") -> Callable[..., Tensor]:
