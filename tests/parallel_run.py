@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from ntklib import Run, data, models, sgd
 from ntklib.data import Dataset
+from ntklib.locks import BUSY, RunBusyError
 from ntklib.random import stream
 from ntklib.training import loop_by_optimizer
 from ntklib.training.parallel import ALONE, processes
@@ -110,11 +112,28 @@ def store(folder: Path) -> None:
     with Run("alone", {"lr": 0.1, "seed": 1, "steps": 3}, root=folder) as alone:  # a loop that knows no processes
         for state in alone.states(no_processes, net, images()):
             alone.log(state, loss=state.loss, rank=float(os.environ["RANK"]))
+    runs = (run, again, left, once, alone)
     seen = {
-        "steps": steps, "none": none, "key": run.key, "status": [r.status for r in (run, again, left, once, alone)],
-        "histories": [r.history for r in (run, again, left, once, alone)], "sessions": run.result.sessions,
+        "steps": steps, "none": none, "key": run.key, "status": [r.status for r in runs], "histories": [r.history for r in runs],
+        "sessions": run.result.sessions, "busy": busy(Run("busy", {"seed": 1}, root=folder)),
     }  # fmt: skip
     torch.save(seen, folder / f"process-{os.environ['RANK']}.pt")
+
+
+def busy(run: Run) -> str:
+    """What a process sees of a run that another job is computing, if it does not want to wait."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    other = FileLock(run.folder / "lock")
+    if os.environ["RANK"] == "0":
+        other.acquire()
+    os.environ[BUSY] = "skip"
+    try:
+        with run:
+            return "free"
+    except RunBusyError as error:
+        return str(error)
+    finally:
+        other.release()
 
 
 def no_processes(model, images, *, lr, steps, seed, resume=None):

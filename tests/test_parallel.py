@@ -125,6 +125,13 @@ def test_process_0_alone_measures_and_the_others_see_its_result(store):
 
 
 @job_test
+def test_no_process_waits_for_a_run_of_another_job_where_process_0_does_not(store):
+    _, (first, second) = store
+    assert first["busy"] == second["busy"]
+    assert "another process is computing this run" in first["busy"]
+
+
+@job_test
 def test_a_killed_job_is_resumed_by_any_number_of_processes(store, tmp_path):
     whole, (first, _) = store
     process = start(tmp_path / "killed", str(tmp_path / "killed"), "stored", "0.3")
