@@ -14,6 +14,7 @@ from ntklib import Run, data, models, sgd
 from ntklib.data import Dataset
 from ntklib.locks import BUSY, RunBusyError
 from ntklib.random import stream
+from ntklib.settings import resolve_device
 from ntklib.training import loop_by_optimizer
 from ntklib.training.parallel import ALONE, processes
 
@@ -59,21 +60,21 @@ def network(name: str) -> nn.Module:
         return NETWORKS[name]().double()
 
 
-def train(case: str, together=ALONE) -> dict:
+def train(case: str, together=ALONE, device: str = "cpu") -> dict:
     """States of a case: step, loss, whether diverged; and all tensors of the last one."""
     name, optimizer, options = CASES[case]
     states = []
     for state in loop_by_optimizer(optimizer)(
-        network(name), images(), **options, **BATCHES, seed=3, measure_at=range(7), processes=together
+        network(name).to(device), images().to(device), **options, **BATCHES, seed=3, measure_at=range(7), processes=together
     ):
         states.append((state.step, state.loss, state.diverged))
-    return {"states": states, "tensors": state.tensors()}
+    return {"states": states, "tensors": {k: v.cpu() for k, v in state.tensors().items()}}
 
 
-def laws(folder: Path) -> None:
+def laws(folder: Path, device: str = "cpu") -> None:
     """Every case in this job."""
-    together = processes()
-    found = {case: train(case, together) for case in CASES} | {"refusals": refusals(together)}
+    together, device = processes(), resolve_device(device)
+    found = {case: train(case, together, device) for case in CASES} | {"refusals": refusals(together)}
     torch.save(found, folder / f"process-{together.rank}.pt")
 
 
@@ -172,4 +173,4 @@ if __name__ == "__main__":
     elif task in ("raises", "dies"):
         endings(task)
     else:
-        TASKS[task](where)
+        TASKS[task](where, *sys.argv[3:])

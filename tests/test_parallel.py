@@ -83,6 +83,16 @@ def test_two_processes_take_the_steps_of_one(laws, case):
 
 
 @job_test
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_take_the_steps_of_one(tmp_path):
+    finish(start(tmp_path, str(tmp_path), "laws", "cuda"))
+    for rank in range(2):
+        together = torch.load(tmp_path / f"process-{rank}.pt")
+        for case in set(CASES) - {"wild"}:
+            torch.testing.assert_close(together[case]["tensors"], train(case, device="cuda")["tensors"], rtol=1e-8, atol=1e-8)
+
+
+@job_test
 @pytest.mark.parametrize("case", CASES)
 def test_processes_stay_equal_to_the_last_bit(laws, case):
     first, second = (found[case]["tensors"] for found in laws)
