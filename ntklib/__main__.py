@@ -1,6 +1,7 @@
 """Command line: run chapters, build the book, print the ledger, list data."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -8,7 +9,7 @@ import click
 import yaml
 from rich.console import Console
 
-from ntklib import chapters
+from ntklib import chapters, torchrun
 
 PRESET = click.option("--preset", default="default", show_default=True, help=f"One of: {', '.join(chapters.PRESETS)}.")
 JOBS = click.option("-j", "--jobs", default=min(2, os.cpu_count() or 1), show_default=True, help="Chapters at a time.")
@@ -20,8 +21,12 @@ FORCE = click.option("--force", is_flag=True, help="Execute even what is up to d
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="ntklib")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Reproduce the dynamics of empirical neural tangent kernels."""
+    if torchrun.size() > 1 and context.invoked_subcommand != "run":
+        msg = f"Of ntklib's commands torchrun starts run alone, for one chapter. Got {context.invoked_subcommand!r}."
+        raise chapters.ParameterError(msg)
 
 
 @cli.command()
@@ -31,7 +36,10 @@ def cli() -> None:
 @PARAMETERS
 @click.option("--share", default="", metavar="K/N", help="Work on the chapter's runs as the K-th of N processes.")
 def run(chapter: str, preset: str, force: bool, parameters: tuple[tuple[str, str], ...], share: str) -> None:
-    """Execute one CHAPTER through papermill."""
+    """Execute one CHAPTER through papermill.
+
+    Started by torchrun, several processes train each of its runs together.
+    """
     from ntklib import runner
 
     overrides = {name: _value(value) for name, value in parameters}
@@ -151,6 +159,7 @@ def main() -> None:
     """Run the command line; expected mistakes end with one sentence and status 2, failures of work with status 1."""
     from ntklib.book import BuildError
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception, which ends what was started, too
     try:
         cli(standalone_mode=True)
     except (chapters.ParameterError, FileNotFoundError) as error:

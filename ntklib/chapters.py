@@ -187,7 +187,8 @@ def _present() -> dict[str, Any]:
 
 def _machine(session: Mapping[str, Any]) -> str:
     threads = f"{session['threads']} thread{'s' if session['threads'] > 1 else ''}"
-    return session.get("gpu") or f"{session['cpu']} with {threads} per run"
+    together = f"{session['processes']} processes of " if "processes" in session else ""
+    return session.get("gpu") or f"{session['cpu']} with {together}{threads} per run"
 
 
 def _commit(git: Mapping[str, Any]) -> str:

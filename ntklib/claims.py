@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ntklib import provenance, storage, text
+from ntklib import provenance, storage, text, torchrun
 from ntklib.chapters import Chapter
 from ntklib.paths import project_root, runs_root
 
@@ -223,7 +223,8 @@ class Verdicts:
             "git": provenance.git_state(), "versions": provenance.versions(), "written": provenance.utc_now(),
         }  # fmt: skip
         path = runs_root() / "results" / self.chapter.preset / f"{self.chapter.name}.json"
-        storage.write_json(path, record)
+        if torchrun.rank() == 0:
+            storage.write_json(path, record)
         return path
 
 

@@ -137,7 +137,7 @@ def edge_measures(state: State, task: Dataset, settings: EdgeSettings, memory: M
         settings: The run's settings.
         memory: Modes of the last measured state; replaced by those of this one.
     """
-    model, x, y = state.model, task.x_train, task.y_train
+    model, x, y = state.model, task.x_train[:], task.y_train
     with torch.no_grad():
         found = {"loss": float(half_mse(model(x), y))}
     modes = network_modes(model, x, y)

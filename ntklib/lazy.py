@@ -109,7 +109,7 @@ def circle_target(gamma: Float[Tensor, " n"], target: str) -> Float[Tensor, "n 1
 def parity_task(dataset: str, n: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Class-balanced images as vectors of length sqrt(d), ``[n, d]``, and +1 for odd, -1 for even classes, ``[n, 1]``."""
     images = data.load(dataset, num_train=n, seed=seed)
-    return parity_pairs(images.x_train, images.y_train, dtype)
+    return parity_pairs(images.x_train[:], images.y_train, dtype)
 
 
 def parity_pairs(images: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ class ModularSettings(NetworkSettings):
         num_kernel: The first so many of these for kernel distances.
         epsilon: Standard deviation of the noise of the main paper's two estimates.
         num_samples: Draws of each.
+        compile: Compile the training steps; on a GPU they are replayed as CUDA graphs.
     """
 
     p: Positive
@@ -45,6 +46,7 @@ class ModularSettings(NetworkSettings):
     num_kernel: Positive
     epsilon: Annotated[float, Field(gt=0)]
     num_samples: Positive = 4
+    compile: bool = False
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:

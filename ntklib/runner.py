@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ntklib import chapters, progress, provenance, storage
+from ntklib import chapters, progress, provenance, storage, torchrun
 from ntklib.paths import project_root, runs_root
 from ntklib.sweeps import JOBS, SHARE, read_share
 
@@ -35,6 +35,8 @@ class Task:
         parameters: All parameters, checked.
         stamp: Hash of all the output depends on; an output with the same stamp is up to date.
         share: ``"k/n"`` for the k-th of n processes that work on the runs of this chapter; the notebook it leaves is its own.
+        rank: Number of this process in a job of ``torchrun``, whose processes all execute the chapter and train its runs together;
+            what process 0 leaves is the chapter's, that of the others is of no use but to see what they did.
     """
 
     chapter: str
@@ -42,6 +44,7 @@ class Task:
     parameters: dict[str, Any]
     stamp: str
     share: str = ""
+    rank: int = 0
     process: subprocess.Popen | None = None
     started: float = 0.0
     offset: int = 0
@@ -55,12 +58,13 @@ class Task:
     @property
     def output(self) -> Path:
         """Path of the executed notebook."""
-        return runs_root() / ("shares" if self.share else "executed") / self.preset / f"{self.name}.ipynb"
+        return runs_root() / ("shares" if self.share or self.rank else "executed") / self.preset / f"{self.name}.ipynb"
 
     @property
     def name(self) -> str:
-        """Name of the chapter, and of the share if it is one."""
-        return f"{self.chapter}.{self.share.replace('/', '-of-')}" if self.share else self.chapter
+        """Name of the chapter, of the share if it is one, and of a process other than the first."""
+        share = f".{self.share.replace('/', '-of-')}" if self.share else ""
+        return f"{self.chapter}{share}" + (f".process-{self.rank}" if self.rank else "")
 
     @property
     def log(self) -> Path:
@@ -73,9 +77,9 @@ class Task:
         return self.log.with_suffix(".progress")
 
     def up_to_date(self) -> bool:
-        """Whether the output was made from the same source, parameters, code and versions."""
+        """Whether the output, in a job that of process 0, was made from the same source, parameters, code and versions."""
         try:
-            metadata = json.loads(self.output.read_text(encoding="utf-8"))["metadata"]
+            metadata = json.loads(replace(self, rank=0).output.read_text(encoding="utf-8"))["metadata"]
         except (OSError, ValueError, KeyError):
             return False
         return metadata.get("ntklib", {}).get("stamp") == self.stamp
@@ -104,7 +108,7 @@ def make_task(chapter: str, preset: str = "default", overrides: Mapping[str, Any
     source = [[c.cell_type, c.source, c.metadata] for c in nbformat.read(path, as_version=4).cells]
     claims = (project_root() / "book" / "claims.yml").read_text(encoding="utf-8")
     parts = [source, values, provenance.code_fingerprint(numeric_only=False), claims, provenance.versions()]
-    return Task(chapter, name, values, storage.sha256(storage.canonical(parts))[:16], share)
+    return Task(chapter, name, values, storage.sha256(storage.canonical(parts))[:16], share, torchrun.rank())
 
 
 def run(tasks: Sequence[Task], *, jobs: int = 1, force: bool = False, console: Console | None = None) -> list[Task]:
@@ -114,7 +118,7 @@ def run(tasks: Sequence[Task], *, jobs: int = 1, force: bool = False, console: C
     """
     console = console or Console(stderr=True)
     waiting = [task for task in tasks if force or not _is_done(task, console)]
-    threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(waiting))))
+    threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(waiting))) // torchrun.local_size())
     running: list[Task] = []
     failed: list[Task] = []
     try:
@@ -149,7 +153,7 @@ def _show(running: Sequence[Task], console: Console, live: Live) -> None:
         live.update(_table(running))
         return
     for task in running:
-        if time.monotonic() - task.spoken > PLAIN_EVERY:
+        if task.rank == 0 and time.monotonic() - task.spoken > PLAIN_EVERY:
             task.spoken = time.monotonic()
             console.print("  ".join(_columns(task)), **PLAIN)
 

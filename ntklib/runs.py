@@ -20,6 +20,7 @@ from torch import Tensor
 from ntklib import progress, provenance, storage
 from ntklib.locks import RunBusyError, skip_busy
 from ntklib.paths import runs_root
+from ntklib.training.parallel import ALONE, Alone, processes
 from ntklib.training.state import State
 
 FORMAT = 1
@@ -67,6 +68,12 @@ class Run:
     with their checksums and is replaced last, atomically. After a kill the run goes on from the last manifest, and its history
     equals that of an uninterrupted run bit for bit (same machine and number of threads).
 
+    In a job that ``torchrun`` has started every process runs the same code and so meets the same runs. Process 0 alone loads,
+    measures and writes; to the others a run is one that is found: ``states`` and ``once`` yield nothing, and the result is that of
+    process 0. What they do meanwhile is take their share of every training step, where the loop has the argument ``processes``
+    (see ``ntklib.training.parallel``), or else wait. The number of processes is no part of the run's name: it changes the numbers
+    by rounding alone, and a run may be resumed with another one.
+
     Attributes:
         memory: Tensors by name that later measurements of the same run need, for example kernels to compare with. They are saved
             with each checkpoint, so that a resumed run still has them, and dropped when the run ends.
@@ -101,17 +108,27 @@ class Run:
         self._sessions: list[dict[str, Any]] = []
         self._checkpoint: tuple[int, dict[str, Tensor]] | None = None
         self._lock = FileLock(self.folder / "lock")
+        self._processes: Alone = ALONE
 
     # -- life of the context ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        self._processes = processes()
+        busy = self._open() if self._processes.rank == 0 else None
+        self._hear(busy)
+        self._checkpoint = self._processes.broadcast(self._checkpoint)
+        self._started = time.monotonic()
+        self._saved = self._started
+        return self
+
+    def _open(self) -> RunBusyError | None:
+        """Take the lock and load what is stored; the error if another process has the lock and the caller does not want to wait."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0.5)
-        except Timeout as error:
+        except Timeout:
             if skip_busy():
-                msg = f"{self.label}: another process is computing this run"
-                raise RunBusyError(msg) from error
+                return RunBusyError(f"{self.label}: another process is computing this run")
             progress.say(f"{self.label}: another process is computing this run; waiting for its result")
             self._lock.acquire()
         try:
@@ -119,9 +136,19 @@ class Run:
         except BaseException:
             self._lock.release()
             raise
-        self._started = time.monotonic()
-        self._saved = self._started
-        return self
+        return None
+
+    def _hear(self, busy: RunBusyError | None = None) -> None:
+        """Take over from process 0 what the run has come to."""
+        mine = self.key
+        known = (busy, mine, self.status, self._rows, self._sessions)
+        busy, key, self.status, self._rows, self._sessions = self._processes.broadcast(known)
+        if busy is not None:
+            raise busy
+        if key != mine:
+            rank = self._processes.rank
+            msg = f"All processes of a job must come to the same run. Got {key} in process 0 and {mine} in process {rank}."
+            raise RuntimeError(msg)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
@@ -160,16 +187,36 @@ class Run:
         if self.finished:
             return
         names = [p.name for p in inspect.signature(loop).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        keywords = {name: self.settings[name] for name in names if name in self.settings}
+        keywords = {name: self.settings[name] for name in names if name in self.settings} | more
+        together = "processes" in names
+        if together:
+            keywords["processes"] = self._processes
+        if self._processes.rank == 0:
+            go_on = self._processes.broadcast if together else lambda answer: answer
+            yield from self._lead(loop(*arguments, **keywords, resume=self._checkpoint), go_on)
+        elif together:
+            for _ in loop(*arguments, **keywords, resume=self._checkpoint):
+                if not self._processes.broadcast(True):  # waits here while process 0 measures
+                    break
+        self._hear()
+
+    def _lead(self, states: Iterator[State], go_on: Callable[[bool], bool]) -> Iterator[State]:
+        """Yield the states to who measures, save them, and tell the other processes after each whether it goes on."""
         self._begin_session()
-        for state in loop(*arguments, **{**keywords, **more}, resume=self._checkpoint):
+        for state in states:
             progress.report(self.label, state.step, state.total_steps)
-            yield state
+            try:
+                yield state
+            except GeneratorExit:  # who measures has seen enough
+                go_on(False)
+                self._hear()
+                raise
             ends = state.diverged or state.step == state.total_steps
             if ends:
                 self.status = "diverged" if state.diverged else "complete"
             if ends or time.monotonic() - self._saved >= self._save_every:
                 self._save(state)
+            go_on(True)
 
     def once(self) -> Iterator[State]:
         """Yield one empty state, unless the run is complete: for measurements without training.
@@ -178,13 +225,15 @@ class Run:
         """
         if self.finished:
             return
-        self._begin_session()
-        progress.report(self.label, 0, 1)
-        state = State(0, 0.0, torch.nn.Identity(), math.nan, 0.0)
-        yield state
-        self.status = "complete"
-        self._save(state if state.tensors() else None)
-        progress.report(self.label, 1, 1)
+        if self._processes.rank == 0:
+            self._begin_session()
+            progress.report(self.label, 0, 1)
+            state = State(0, 0.0, torch.nn.Identity(), math.nan, 0.0)
+            yield state
+            self.status = "complete"
+            self._save(state if state.tensors() else None)
+            progress.report(self.label, 1, 1)
+        self._hear()
 
     def log(self, state: State, *, split: str = "", layer: str = "", **quantities: Any) -> None:
         """Append one row per quantity: a number, a pair (value, sem), or an estimate with ``mean`` and ``sem``."""
@@ -200,10 +249,13 @@ class Run:
     # -- files -----------------------------------------------------------------------------------------------------------------
 
     def _begin_session(self) -> None:
-        device = str(self.settings.get("device", "cpu"))
+        device, size = str(self.settings.get("device", "cpu")), self._processes.size
+        machine = provenance.machine(device)
+        if size > 1:
+            machine |= {"processes": size} | ({"gpu": f"{size} x {machine['gpu']}"} if "gpu" in machine else {})
         self._sessions.append({
             "started": provenance.utc_now(), "git": provenance.git_state(), "versions": provenance.versions(),
-            "device": device, **provenance.machine(device), "wall_seconds": 0.0,
+            "device": device, **machine, "wall_seconds": 0.0,
         })  # fmt: skip
 
     def _save(self, state: State | None) -> None:

@@ -146,7 +146,9 @@ def stage(s: Scenario) -> Scene:
 
 def _images(s: SupervisedSettings, num_kernel: int) -> Scene:
     """Mini-batches on images; with enlarged parameters for ``GrokkingSettings``."""
-    images = data.load(s.dataset, num_train=s.num_train or None, num_test=s.num_test or None, seed=s.seed).to(s.device)
+    images = data.load(s.dataset, num_train=s.num_train or None, num_test=s.num_test or None, seed=s.seed, storage=s.storage).to(
+        s.device
+    )
     grokking = isinstance(s, GrokkingSettings)
     images = images.in_unit_range() if grokking else images
     net = models.build(
@@ -158,7 +160,7 @@ def _images(s: SupervisedSettings, num_kernel: int) -> Scene:
     fitted, curved = (
         data.probe_set(images.x_train, images.y_train, min(num, len(images.x_train)), s.seed) for num in (FITTED, CURVED)
     )
-    gauges = Gauges(probe, fitted, (images.x_test, images.y_test), curved, loss_by_name(s.loss))
+    gauges = Gauges(probe, fitted, (images.x_test[:], images.y_test), curved, loss_by_name(s.loss))
     return Scene(net, loop_by_optimizer(s.optimizer), (net, images), steps, gauges, statistics=images.x_train[:STATISTICS])
 
 
@@ -203,10 +205,10 @@ def _edge(s: EdgeSettings, num_kernel: int) -> Scene:
     task = edge_task(s)
     net = edge_network(s, task)
     held = data.load(s.dataset, num_train=s.num_train, seed=s.seed).to(s.device)
-    test = (held.x_test, targets_of(held.y_test, s.targets, held.num_classes) if s.targets == "parity" else held.y_test)
-    train = (task.x_train, task.y_train if s.targets == "parity" else held.y_train)
+    test = (held.x_test[:], targets_of(held.y_test, s.targets, held.num_classes) if s.targets == "parity" else held.y_test)
+    train = (task.x_train[:], task.y_train if s.targets == "parity" else held.y_train)
     probe = (task.x_train[:num_kernel], task.y_train[:num_kernel])
-    gauges = Gauges(probe, train, test, (task.x_train, task.y_train), half_mse)
+    gauges = Gauges(probe, train, test, (task.x_train[:], task.y_train), half_mse)
     return Scene(net, gradient_descent, (net, task.x_train, task.y_train), s.steps, gauges)
 
 
@@ -214,6 +216,6 @@ def _lazy(s: LazySettings, num_kernel: int) -> Scene:
     """A wide network in NTK parameterization on the parity of images, full batch."""
     p = lazy_problem(s)
     held = data.load(s.task, num_train=s.num_train, seed=s.seed)
-    test = tuple(part.to(p.x) for part in parity_pairs(held.x_test, held.y_test))
+    test = tuple(part.to(p.x) for part in parity_pairs(held.x_test[:], held.y_test))
     gauges = Gauges((p.x[:num_kernel], p.y[:num_kernel]), (p.x, p.y), (test[0], test[1]), (p.x, p.y), half_mse)
     return Scene(p.model, gradient_descent, (p.model, p.x, p.y), s.steps, gauges, {"lr": p.lr * len(p.x)})

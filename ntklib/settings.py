@@ -12,7 +12,8 @@ PHRASES = {  # pydantic's error type -> what was required
     "less_than": "must be less than {lt:g}", "less_than_equal": "must be at most {le:g}",
     "int_type": "must be a whole number", "int_from_float": "must be a whole number", "int_parsing": "must be a whole number",
     "float_type": "must be a number", "float_parsing": "must be a number", "finite_number": "must be finite",
-    "string_type": "must be text", "missing": "is required",
+    "string_type": "must be text", "bool_type": "must be true or false", "bool_parsing": "must be true or false",
+    "missing": "is required",
 }  # fmt: skip
 
 
@@ -145,22 +146,38 @@ class SupervisedSettings(TracedSettings):
             but for ``"adamw"``.
         epochs: Passes over the training data.
         loss: ``"cross_entropy"`` or ``"half_mse"``.
-        augment: ``"none"`` or ``"crop_flip"``.
+        augment: ``"none"``, ``"crop_flip"`` or ``"resized_crop_flip"``.
+        storage: How images are kept: ``"float32"``, ``"uint8"`` or ``"stream"``, see ``data.load``.
+        channels_last: See ``TrainingOptions``, and so for the next three.
+        precision: ``"float32"``, ``"tf32"`` or ``"bf16"``, of training steps.
+        compile: Compile the network for training steps.
+        deterministic: Refuse operations whose result is not the same every time.
     """
 
     optimizer: str = "sgd"
     epochs: Positive
     loss: str = "cross_entropy"
     augment: str = "none"
+    storage: str = "float32"
+    channels_last: bool = False
+    precision: str = "float32"
+    compile: bool = False
+    deterministic: bool = False
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
+        from ntklib.data import STORAGES
         from ntklib.data.augment import augment_by_name
-        from ntklib.training import OPTIMIZERS, loss_by_name
+        from ntklib.training import OPTIMIZERS, PRECISIONS, loss_by_name
+        from ntklib.training.options import check_determinism
 
         loss_by_name(self.loss)
         augment_by_name(self.augment)
         text.check_known("optimizer", self.optimizer, OPTIMIZERS)
+        text.check_known("storage", self.storage, STORAGES)
+        text.check_known("precision", self.precision, PRECISIONS)
+        if self.deterministic:
+            check_determinism(self.device)
         text.check_known("method", self.method, ("exact", "output", "jvp", "perturbation"))
         if self.num_train and self.num_probe > self.num_train:
             msg = f"num_probe must be at most num_train = {self.num_train}, the training images there are. Got {self.num_probe}."
@@ -194,12 +211,14 @@ class FullBatchSettings(ImageSettings):
         width: Hidden units per layer of the MLP.
         lr_fraction: Learning rate as a fraction of the largest stable one at initialization, 2 n / lambda_max(K_0).
         steps: Gradient steps.
+        compile: Compile them; on a GPU they are replayed as CUDA graphs.
     """
 
     num_train: Positive
     width: Positive
     lr_fraction: Annotated[float, Field(gt=0)]
     steps: Positive
+    compile: bool = False
 
 
 class MarginSettings(ImageSettings):
@@ -280,12 +299,17 @@ def resolve_device(device: str) -> str:
     """Return a device that is there: ``"auto"`` is CUDA when torch sees a card and the CPU otherwise.
 
     Raises:
-        ValueError: If the device is of another kind, or CUDA was asked for and is absent.
+        ValueError: If the device is of another kind, CUDA was asked for and is absent, or one of several processes names a GPU.
     """
     import torch
 
+    from ntklib import torchrun
+
+    if ":" in device and torchrun.size() > 1:
+        msg = f"device must be 'auto', 'cpu' or 'cuda' where torchrun has started several processes. Got {device!r}."
+        raise ValueError(msg)
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
         msg = f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N'. Got {device!r}."
         raise ValueError(msg)
@@ -297,4 +321,6 @@ def resolve_device(device: str) -> str:
                 "Use device='auto' or 'cpu', or install a CUDA build of torch and a driver."
             )
             raise ValueError(msg)
+        if torchrun.size() > 1:
+            torch.cuda.set_device(torchrun.local_rank())  # "cuda" is another GPU in each process of a job
     return device

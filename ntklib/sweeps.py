@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ntklib import progress
+from ntklib import progress, torchrun
 from ntklib.locks import BUSY, RunBusyError
 from ntklib.paths import runs_root
 from ntklib.settings import Settings
@@ -26,7 +26,8 @@ def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: i
     """Apply ``function`` to each of the settings, in parallel processes, and return the results in order.
 
     Every call runs on one thread of the CPU, so its numbers do not depend on how many run at a time. Runs on CUDA go one after
-    the other. The first error stops the sweep and is raised here; finished runs are kept and found again.
+    the other, and so do all in a job of ``torchrun``, whose processes train each run together. The first error stops the sweep and
+    is raised here; finished runs are kept and found again.
 
     Several processes, on one machine or on many with a common folder of runs, can work on one sweep: with ``NTKLIB_SHARE=k/n``
     the k-th of n begins at another place of the list, leaves a run that another process is computing for later, and in the end
@@ -41,7 +42,7 @@ def sweep(function: Callable[[Any], Result], settings: Sequence[Any], *, jobs: i
         return []
     on_gpu = any(str(getattr(s, "device", "cpu")).startswith("cuda") for s in settings)
     jobs = jobs or int(os.environ.get(JOBS, "0")) or os.cpu_count() or 1
-    jobs = 1 if on_gpu else min(jobs, len(settings))
+    jobs = 1 if on_gpu or torchrun.size() > 1 else min(jobs, len(settings))
     share = os.environ.get(SHARE)
     order = _order(len(settings), share)
     with progress.bar("sweep", len(settings), runs_root()):

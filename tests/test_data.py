@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from stand_ins import write_imagenet
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from ntklib.data import NAMES, DatasetNotFoundError, balanced_indices, check_name, data_root, folders, load, locate, look, probe_set
@@ -313,35 +314,21 @@ def test_the_folder_of_datasets_follows_the_environment(root, monkeypatch):
     assert data_root().parts[-2:] == ("ntklib", "data")
 
 
-def write_imagenet(root: Path, train=(3, 4, 2), val=(1, 2, 1)) -> dict[Path, np.ndarray]:
-    """Write PNG files (no loss) of odd sizes into a folder per class; return their pixels by path."""
-    written, draw = {}, np.random.default_rng(0)
-    for part, counts in (("train", train), ("val", val)):
-        for name, count in zip(("n03", "n01", "n02"), counts, strict=True):
-            folder = root / "imagenet" / part / name
-            folder.mkdir(parents=True)
-            for k in range(count):
-                shape = [(256, 256), (300, 256), (256, 341)][k % 3]  # a shorter side of 256: scaling changes nothing
-                pixels = draw.integers(0, 256, (*shape, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{k}.png")
-                written[folder / f"{k}.png"] = pixels
-    return written
-
-
 def middle(pixels: np.ndarray) -> np.ndarray:
     top, left = (round((side - 224) / 2) for side in pixels.shape[:2])
     return pixels[top : top + 224, left : left + 224]
 
 
-def test_folders_of_images_are_read_with_the_classes_in_alphabetic_order(root):
+def test_folders_of_images_are_read_with_the_classes_in_alphabetic_order_and_training_images_take_turns(root):
     written = write_imagenet(root)
     data = load("imagenet")
-    assert data.y_train.tolist() == [0] * 4 + [1] * 2 + [2] * 3
+    order = balanced_indices(torch.tensor([0] * 4 + [1] * 2 + [2] * 3), 9, stream(0, "subset")).numpy()
+    assert [sorted(data.y_train[i:j].tolist()) for i, j in ((0, 3), (3, 6), (6, 9))] == [[0, 1, 2], [0, 1, 2], [0, 0, 2]]
     assert data.y_test.tolist() == [0] * 2 + [1] + [2]
     assert (data.num_classes, data.input_shape) == (3, (3, 224, 224))
     crops = [np.stack([middle(written[p]) for p in sorted(written) if part in p.parts]) for part in ("train", "val")]
     mean, std = ([float(f(crops[0][..., k].astype(np.float64))) for k in range(3)] for f in (np.mean, np.std))
-    assert_holds(data.x_train, crops[0].transpose(0, 3, 1, 2), mean, std)
+    assert_holds(data.x_train, crops[0].transpose(0, 3, 1, 2)[order], mean, std)
     assert_holds(data.x_test, crops[1].transpose(0, 3, 1, 2), mean, std)
 
 
@@ -349,7 +336,7 @@ def test_a_subset_decodes_its_own_images_only_and_knows_all_classes(root, monkey
     write_imagenet(root)
     decoded = []
     original = folders._decode
-    monkeypatch.setattr(folders, "_decode", lambda path: decoded.append(path) or original(path))
+    monkeypatch.setattr(folders, "_decode", lambda path, draws: decoded.append(path) or original(path, draws))
     some = [load("imagenet", num_train=2, num_test=1, seed=seed) for seed in range(6)]
     assert len(decoded) == 6 * 3
     assert {(len(data.x_train), len(data.x_test), data.num_classes) for data in some} == {(2, 1, 3)}
@@ -400,9 +387,9 @@ def test_a_file_that_is_no_image_is_named(root):
 def test_more_images_than_memory_are_refused_before_any_is_decoded(root, monkeypatch):
     write_imagenet(root)
     monkeypatch.setattr(folders, "_decode", None)
-    monkeypatch.setattr(folders.psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * folders.IMAGE_BYTES))
+    monkeypatch.setattr(folders.psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * folders.IMAGE_BYTES["float32"]))
     for counts, total in (({}, 9 + 4), ({"num_train": 2}, 2 + 4), ({"num_test": 1}, 9 + 1)):  # a part alone may well fit
-        message = rf"^{total} images of 224 x 224 .* Take a subset: num_train and num_test together at most 5\."
+        message = rf"^{total} images of 224 x 224 .* or a subset: num_train and num_test together at most 5\."
         with pytest.raises(MemoryError, match=message):
             load("imagenet", **counts)
 

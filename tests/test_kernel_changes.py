@@ -11,7 +11,7 @@ from crashes import crash_at
 from ntklib import Run, data, distances_to_earlier, kernel_change, kernel_distance, models, sgd, steps_per_epoch
 from ntklib.phases import complementary_windows, pairwise_distances
 from ntklib.runs import load_tensors_of
-from ntklib.training.minibatch import _batches
+from ntklib.training.batches import epoch_batches
 
 
 def random_kernels(seed, size=7):
@@ -91,7 +91,7 @@ def test_a_straight_line_of_networks_starts_and_ends_at_its_two_states():
 
 @pytest.mark.parametrize(("n", "batch_size"), [(7, 3), (6, 3), (3, 7), (1, 4), (9, 4), (5, 1)])
 def test_the_steps_per_epoch_are_the_batches_of_an_epoch(n, batch_size):
-    assert steps_per_epoch(n, batch_size) == len(_batches(n, batch_size, 0, 0))
+    assert steps_per_epoch(n, batch_size) == len(epoch_batches(n, batch_size, 0, 0))
 
 
 def turning_kernels(angles):

@@ -7,19 +7,30 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ntklib.data.crops import resized_crop_flip
 from ntklib.text import check_known
 
 Images = Float[Tensor, "n channels height width"]
+Augmentation = Callable[..., Images]  # (x, generator, *, whole, rows), see crop_flip
 
 
-def crop_flip(x: Images, generator: torch.Generator, padding: int = 4) -> Images:
+def crop_flip(
+    x: Images, generator: torch.Generator, padding: int = 4, *, whole: int | None = None, rows: slice = slice(None)
+) -> Images:
     """Shift each image by up to ``padding`` pixels (zeros outside) and mirror it left-right with probability 1/2.
 
     The usual CIFAR augmentation (He et al. 2016, section 4.2). Drawn on the CPU, so it does not depend on the device.
+
+    Args:
+        x: A batch of images, or ``rows`` of one.
+        generator: On the CPU.
+        padding: Largest shift.
+        whole: Images of the batch, for all of which is drawn. Default: ``x`` is all of it.
+        rows: Which of them ``x`` holds.
     """
-    n = len(x)
-    shift = torch.randint(2 * padding + 1, (n, 2), generator=generator)
-    return window(F.pad(x, [padding] * 4), shift, torch.rand(n, generator=generator) < 0.5, x.shape[2:])
+    n = len(x) if whole is None else whole
+    shift = torch.randint(2 * padding + 1, (n, 2), generator=generator)[rows]
+    return window(F.pad(x, [padding] * 4), shift, torch.rand(n, generator=generator)[rows] < 0.5, x.shape[2:])
 
 
 def weak(x: Images, generator: torch.Generator, padding: int, flip: bool) -> Images:
@@ -50,10 +61,12 @@ def window(
     return padded.permute(0, 2, 3, 1)[example, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
-AUGMENTATIONS: dict[str, Callable[[Images, torch.Generator], Images]] = {"none": lambda x, _: x, "crop_flip": crop_flip}
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "none": lambda x, _, **__: x, "crop_flip": crop_flip, "resized_crop_flip": resized_crop_flip,
+}  # fmt: skip
 
 
-def augment_by_name(name: str) -> Callable[[Images, torch.Generator], Images]:
+def augment_by_name(name: str) -> Augmentation:
     """Return the augmentation of this name, or raise ``ValueError`` with the known ones."""
     check_known("augmentation", name, AUGMENTATIONS)
     return AUGMENTATIONS[name]

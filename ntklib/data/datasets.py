@@ -17,6 +17,7 @@ from platformdirs import user_cache_dir
 from torch import Tensor
 
 from ntklib.data.folders import FolderError, ImageFiles, check_memory, image_folders
+from ntklib.data.stored import STORAGES, ByteImages, StoredImages, StreamedImages, file_statistics, statistics
 from ntklib.data.subsets import balanced_indices
 from ntklib.random import stream
 from ntklib.text import check_known
@@ -31,17 +32,17 @@ Arrays = tuple[np.ndarray | ImageFiles, np.ndarray]  # uint8 images [n, h, w] or
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and labels in memory.
+    """Images and labels.
 
     Images are float32 ``[n, channels, height, width]``, standardised per channel with mean and standard deviation of the
-    training images (as loaded, after taking the subset); labels are int64 ``[n]`` in 0..num_classes-1. Targets of a regression,
-    ``[n, c]``, may take the place of the training labels.
+    training images (as loaded, after taking the subset), or ``StoredImages``, of which an index gives such tensors; labels are
+    int64 ``[n]`` in 0..num_classes-1. Targets of a regression, ``[n, c]``, may take the place of the training labels.
     """
 
     name: str
-    x_train: Float[Tensor, "n_train channels height width"]
+    x_train: Float[Tensor, "n_train channels height width"] | StoredImages
     y_train: Int[Tensor, " n_train"] | Float[Tensor, "n_train c"]
-    x_test: Float[Tensor, "n_test channels height width"]
+    x_test: Float[Tensor, "n_test channels height width"] | StoredImages
     y_test: Int[Tensor, " n_test"]
     num_classes: int
 
@@ -57,8 +58,13 @@ class Dataset:
         over 255. Test pixels outside the range of the training pixels lie outside [0, 1].
 
         Raises:
-            ValueError: If all training pixels are equal.
+            ValueError: If all training pixels are equal, or the images are not stored as float32.
         """
+        if not isinstance(self.x_train, Tensor) or not isinstance(self.x_test, Tensor):
+            msg = (
+                f"Images in [0, 1] must be stored as float32. Got {type(self.x_train).__name__}. Load them with storage='float32'."
+            )
+            raise ValueError(msg)
         low, high = self.x_train.min(), self.x_train.max()
         if not high > low:
             msg = f"x_train must have pixels of at least two values. Got {float(low)} alone."
@@ -85,7 +91,9 @@ def check_name(name: str) -> None:
     check_known("dataset", name, LOADERS)
 
 
-def load(name: str, *, num_train: int | None = None, num_test: int | None = None, seed: int = 0) -> Dataset:
+def load(
+    name: str, *, num_train: int | None = None, num_test: int | None = None, seed: int = 0, storage: str = "float32"
+) -> Dataset:
     """Load a dataset, downloading it if it is missing and the network is there.
 
     ============== ================================ =========================== =====================
@@ -102,28 +110,63 @@ def load(name: str, *, num_train: int | None = None, num_test: int | None = None
 
     ``digits`` and ``mnist5k`` come without a split; theirs is a fixed stratified one. Of ``imagenet`` only the images of the subset
     are decoded (the middle 224 x 224 pixels after scaling the shorter side to 256), and its validation images are the test images.
+    Its training images come in a random order in which classes take turns, for in their folders they are sorted by class.
+
+    ============== ====================================================================================================
+    storage        images are
+    ============== ====================================================================================================
+    float32        tensors
+    uint8          bytes on the device of the dataset, see ``ByteImages``: a quarter of the memory
+    stream         bytes in the memory of the host, or files, see ``StreamedImages``: batches are read ahead by processes
+    ============== ====================================================================================================
+
+    Means and standard deviations of stored images are exact, those of tensors are PyTorch's of float32 numbers, so the images agree
+    to rounding (about 1e-5). Streamed files are standardised by the statistics of at most 8,192 training images, evenly spaced.
 
     Args:
         name: One of the names above.
         num_train: Class-balanced training subset of this size. Default: all.
         num_test: The same for the test images.
         seed: Seed of the subsets (not of the split).
+        storage: How images are kept.
 
     Raises:
-        ValueError: If the name is unknown or a subset is larger than the data.
+        ValueError: If a name is unknown or a subset is larger than the data.
         DatasetNotFoundError: If files are missing and cannot be downloaded.
         MemoryError: If decoded images would not fit into memory.
     """
     check_name(name)
+    check_known("storage", storage, STORAGES)
     train, test = LOADERS[name]()
-    if isinstance(train[0], ImageFiles):  # before the first image is decoded
-        check_memory((num_train or len(train[0])) + (num_test or len(test[0])))
+    in_files = isinstance(train[0], ImageFiles)
+    if in_files and storage != "stream":  # before the first image is decoded
+        check_memory((num_train or len(train[0])) + (num_test or len(test[0])), storage)
+    if in_files:
+        num_train = num_train or len(train[0])  # all, but not sorted by class
+    num_classes = int(train[1].max()) + 1  # of all labels: a subset may lack the last class
     (x_train, y_train), (x_test, y_test) = (_subset(*train, num_train, seed), _subset(*test, num_test, seed))
+    if storage == "float32":
+        x_train, x_test = _standardised(_pixels(x_train).float(), _pixels(x_test).float())
+    else:
+        x_train, x_test = _stored(x_train, x_test, storage)
+    return Dataset(name, x_train, y_train, x_test, y_test, num_classes)
+
+
+def _standardised(x_train: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
     for x in (x_train, x_test):
         x.sub_(mean).div_(std)  # in place: full CIFAR-10 is 0.7 GB
-    num_classes = int(train[1].max()) + 1  # of all labels: a subset may lack the last class
-    return Dataset(name, x_train, y_train, x_test, y_test, num_classes)
+    return x_train, x_test
+
+
+def _stored(x_train: np.ndarray | ImageFiles, x_test: np.ndarray | ImageFiles, storage: str) -> tuple[StoredImages, StoredImages]:
+    if isinstance(x_train, ImageFiles) and isinstance(x_test, ImageFiles) and storage == "stream":
+        mean, std = file_statistics(x_train.paths)
+        return StreamedImages(x_train, mean, std), StreamedImages(x_test, mean, std)
+    train, test = (_pixels(x).to(torch.uint8, copy=True) for x in (x_train, x_test))
+    kind = StreamedImages if storage == "stream" else ByteImages
+    mean, std = statistics(train)
+    return kind(train, mean, std), kind(test, mean, std)
 
 
 def locate(name: str) -> list[Path]:
@@ -141,14 +184,19 @@ def locate(name: str) -> list[Path]:
     return [data_root() / folders[name], *([DEBIAN_FASHION_MNIST] if name == "fashion_mnist" else [])]
 
 
-def _subset(x: np.ndarray | ImageFiles, y: np.ndarray, num: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def _subset(x: np.ndarray | ImageFiles, y: np.ndarray, num: int | None, seed: int) -> tuple[np.ndarray | ImageFiles, Tensor]:
     labels = torch.tensor(y, dtype=torch.int64)  # a copy: what a loader returns may be kept for the next call
-    if num is not None:
-        index = balanced_indices(labels, num, stream(seed, "subset"))
-        x, labels = x[index.numpy()], labels[index]
-    pixels = x[:] if isinstance(x, ImageFiles) else x
-    images = torch.as_tensor(pixels).float()
-    return (images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]).contiguous(), labels
+    if num is None:
+        return x, labels
+    index = balanced_indices(labels, num, stream(seed, "subset"))
+    chosen = ImageFiles(tuple(x.paths[i] for i in index.tolist())) if isinstance(x, ImageFiles) else x[index.numpy()]
+    return chosen, labels[index]
+
+
+def _pixels(x: np.ndarray | ImageFiles) -> Tensor:
+    """Images as one contiguous tensor, ``[n, channels, height, width]``, in the type of the array and perhaps in its memory."""
+    images = torch.as_tensor(x[:])
+    return (images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]).contiguous()
 
 
 def _split(x: np.ndarray, y: np.ndarray, num_test: int) -> tuple[Arrays, Arrays]:

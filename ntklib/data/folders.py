@@ -5,13 +5,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import psutil
+from jaxtyping import Float
+from torch import Tensor
+
+from ntklib.data.crops import crop_boxes
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".ppm", ".bmp", ".webp")
 SIDE, SHORTER = 224, 256  # pixels of the crop, and of the shorter side before it
-IMAGE_BYTES = (1 + 4) * 3 * SIDE**2  # of one image: decoded, and in float32
+IMAGE_BYTES = {"float32": 5 * 3 * SIDE**2, "uint8": 2 * 3 * SIDE**2}  # of one image: decoded, and as it is stored
 
 
 class FolderError(ValueError):
@@ -27,6 +32,7 @@ class ImageFiles:
     """
 
     paths: tuple[Path, ...]
+    image_shape: ClassVar[tuple[int, int, int]] = (3, SIDE, SIDE)  # decoded, channels first
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -37,35 +43,57 @@ class ImageFiles:
         Raises:
             FolderError: If a file is no image.
         """
-        chosen = self.paths[index] if isinstance(index, slice) else [self.paths[i] for i in index]
-        images = np.empty((len(chosen), SIDE, SIDE, 3), np.uint8)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and scaling leave Python's lock
-            for place, image in enumerate(pool.map(_decode, chosen)):
+        return self.decode(np.arange(len(self))[index])
+
+    def decode(self, index: np.ndarray, draws: Float[Tensor, "n numbers"] | None = None, threads: int | None = None) -> np.ndarray:
+        """Decode the selected files, each cut out as its draws tell, see ``crop_boxes``,, to uint8 ``[n, 224, 224, 3]``.
+
+        Args:
+            index: Which files.
+            draws: ``crop_draws``, a row per file. Default: the middle of each image.
+            threads: Files at a time. Default: the number of cores.
+
+        Raises:
+            FolderError: If a file is no image.
+        """
+        paths, rows = [self.paths[i] for i in index], [None] * len(index) if draws is None else draws
+        images = np.empty((len(paths), SIDE, SIDE, 3), np.uint8)
+        if threads == 1:
+            for place, (path, row) in enumerate(zip(paths, rows, strict=True)):
+                images[place] = _decode(path, row)
+            return images
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # decoding and scaling leave Python's lock
+            for place, image in enumerate(pool.map(_decode, paths, rows)):
                 images[place] = image
         return images
 
 
-def check_memory(count: int) -> None:
+def check_memory(count: int, storage: str = "float32") -> None:
     """Raise ``MemoryError`` if so many decoded images, training and test images together, would not fit into the free memory."""
-    needed, free = count * IMAGE_BYTES, psutil.virtual_memory().available
+    needed, free = count * IMAGE_BYTES[storage], psutil.virtual_memory().available
     if needed > free:
         msg = (
-            f"{count:,} images of {SIDE} x {SIDE} pixels need {needed / 2**30:.0f} GiB as bytes and in float32, and "
-            f"{free / 2**30:.0f} GiB of memory are free. Take a subset: num_train and num_test together at most "
-            f"{free // IMAGE_BYTES:,}."
+            f"{count:,} images of {SIDE} x {SIDE} pixels need {needed / 2**30:.0f} GiB decoded and stored as {storage}, and "
+            f"{free / 2**30:.0f} GiB of memory are free. Take storage='stream', which keeps none, or a subset: num_train and "
+            f"num_test together at most {free // IMAGE_BYTES[storage]:,}."
         )
         raise MemoryError(msg)
 
 
-def _decode(path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _decode(path: Path, draws: Float[Tensor, " numbers"] | None = None) -> np.ndarray:
+    from PIL import Image
 
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow calls a broken PNG a syntax error
         msg = f"{path} is not an image that can be read: {error}. Replace the file or remove it."
         raise FolderError(msg) from error
+    if draws is not None:
+        box, flip = crop_boxes(draws[None], image.height, image.width)
+        top, left, h, w = box[0].tolist()
+        cut = np.asarray(image.crop((left, top, left + w, top + h)).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+        return cut[:, ::-1] if flip else cut
     scale = SHORTER / min(image.size)
     width, height = (round(scale * side) for side in image.size)
     left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)

@@ -76,9 +76,9 @@ def hide_labels(data: Dataset, num_labels: int, *, seed: int = 0, reuse_labelled
     others = torch.ones(n, dtype=torch.bool, device=data.y_train.device)
     if not reuse_labelled:
         others[chosen] = False
-    x, y = data.x_train, data.y_train
+    x, y = data.x_train[:], data.y_train
     return PartlyLabelled(
-        x[chosen], y[chosen], x[others], y[others], data.x_test, data.y_test,
+        x[chosen], y[chosen], x[others], y[others], data.x_test[:], data.y_test,
         x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True), c,
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ def shrink(data: Dataset, factor: int) -> Dataset:
         raise ValueError(msg)
     if factor == 1:
         return data
-    x_train, x_test = (F.avg_pool2d(x, factor) for x in (data.x_train, data.x_test))
+    x_train, x_test = (F.avg_pool2d(x, factor) for x in (data.x_train[:], data.x_test[:]))
     mean, std = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
     return replace(data, x_train=(x_train - mean) / std, x_test=(x_test - mean) / std)
 

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ntklib.data.stored import StoredImages
 from ntklib.random import stream
 
 
@@ -32,7 +33,7 @@ def balanced_indices(y: Int[Tensor, " n"], num: int, generator: torch.Generator)
     return order[torch.argsort(turn, stable=True)[:num]]
 
 
-def probe_set(x: Tensor, y: Int[Tensor, " n"], num: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def probe_set(x: Tensor | StoredImages, y: Int[Tensor, " n"], num: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return a fixed class-balanced sample ``(x, y)`` of ``num`` examples, on which kernels are measured along training.
 
     Raises:
@@ -43,7 +44,7 @@ def probe_set(x: Tensor, y: Int[Tensor, " n"], num: int, seed: int = 0) -> tuple
 
 
 def two_classes(
-    x: Tensor, y: Int[Tensor, " n"], classes: tuple[int, int], num: int, seed: int = 0
+    x: Tensor | StoredImages, y: Int[Tensor, " n"], classes: tuple[int, int], num: int, seed: int = 0
 ) -> tuple[Tensor, Float[Tensor, " num"]]:
     """Return a class-balanced sample of two classes in float64: inputs, ``[num, *input]``, and labels +1 (first class) and -1.
 

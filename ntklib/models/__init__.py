@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ntklib.data.stored import StoredImages
 from ntklib.models.between import between
 from ntklib.models.initialization import SCHEMES, initialize, scale_parameters
 from ntklib.models.mlp import ACTIVATIONS, MLP
@@ -74,7 +75,7 @@ def build(
 
 
 @torch.no_grad()
-def calibrate_batch_norm(model: nn.Module, x: Tensor, batch_size: int = 256) -> nn.Module:
+def calibrate_batch_norm(model: nn.Module, x: Tensor | StoredImages, batch_size: int = 256) -> nn.Module:
     """Set the running statistics of all batch-normalisation modules to the statistics of ``x``, in place.
 
     Each statistic becomes the plain average over batches of ``x`` of the batch statistic (mean; variance with the n - 1 of
@@ -100,7 +101,7 @@ def calibrate_batch_norm(model: nn.Module, x: Tensor, batch_size: int = 256) -> 
         m.train()
         m.momentum = None  # cumulative average
     full = len(x) // batch_size * batch_size or len(x)
-    for batch in x[:full].split(batch_size):
+    for batch in (x[:full] if isinstance(x, Tensor) else x.first(full)).split(batch_size):
         model(batch)
     for m, training in before[0]:
         m.training = training
@@ -109,7 +110,7 @@ def calibrate_batch_norm(model: nn.Module, x: Tensor, batch_size: int = 256) -> 
     return model
 
 
-def recalibrated(model: nn.Module, x: Tensor, batch_size: int = 256) -> nn.Module:
+def recalibrated(model: nn.Module, x: Tensor | StoredImages, batch_size: int = 256) -> nn.Module:
     """Return a copy of the model in eval mode whose batch-normalisation statistics are those of ``x``.
 
     Running statistics are averages over the last tens of training steps, over which the weights moved; this is the network at its

@@ -136,7 +136,7 @@ def kernel_spectrum(
         num_train: Images n, class-balanced.
     """
     images = _images(dataset, num_train, num_train)
-    x, y = images.x_train.double(), 1.0 - 2.0 * (images.y_train % 2)[:, None].double()
+    x, y = images.x_train[:].double(), 1.0 - 2.0 * (images.y_train % 2)[:, None].double()
     d = x[0].numel()
     net = NTKMLP(d, [width] * depth, 1, activation=activation, generator=stream(seed, "init"), dtype=torch.float64)
     kernel, step = flatten_kernel(empirical_ntk(net.eval(), x)), 0

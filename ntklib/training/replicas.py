@@ -17,8 +17,8 @@ from torch.func import vmap
 from ntklib.data.datasets import Dataset
 from ntklib.models.mlp import MLP
 from ntklib.text import check_known
+from ntklib.training.batches import epoch_batches, steps_per_epoch
 from ntklib.training.losses import loss_by_name
-from ntklib.training.minibatch import _batches, steps_per_epoch
 from ntklib.training.schedules import learning_rate
 from ntklib.training.state import Checkpoint, State
 
@@ -221,7 +221,7 @@ def replicated_minibatches(
     for step in range(start, total):
         epoch, position = divmod(step, per_epoch)
         if position == 0 or step == start:
-            order = [_batches(rows, batch_size, seed, epoch) for seed in seeds]
+            order = [epoch_batches(rows, batch_size, seed, epoch) for seed in seeds]
         index = torch.stack([mine[position] for mine in order]).to(data.x_train.device)  # pyright: ignore
         for group in chosen.param_groups:
             group["lr"] = learning_rate(schedule, lr, step, total)
