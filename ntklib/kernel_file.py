@@ -31,7 +31,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, t in tensors:
         found.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))  # pyright: ignore
     return found.hexdigest()
 
 
