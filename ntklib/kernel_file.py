@@ -31,7 +31,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, t in tensors:
         found.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))  # pyright: ignore
     return found.hexdigest()
 
 
@@ -122,7 +122,8 @@ class KernelFile:
     def _check(self, stored: dict[str, Any]) -> None:
         other = [PARTS[key] for key, value in self.identity.items() if stored.get(key) != value]
         if other:
-            msg = f"{self.path} must hold the kernel that is asked for. Got one of {', '.join(other)}: give another path or delete it."
+            got = ", ".join(other)
+            msg = f"{self.path} must hold the kernel that is asked for. Got one of {got}: give another path or delete it."
             raise ValueError(msg)
 
     def missing(self, rows: slice, columns: slice) -> list[slice]:

@@ -98,8 +98,8 @@ def large_ntk(
         progress: Show a bar when the work takes more than a few seconds.
 
     Raises:
-        ValueError: If rows interact, inputs are not finite or of unlike shape, an option is unknown, the smallest chunks do not fit,
-            or ``path`` holds another kernel.
+        ValueError: If rows interact, inputs are not finite or of unlike shape, an option is unknown, the smallest chunks do not
+            fit, or ``path`` holds another kernel.
         OSError: If the disk is full.
     """
     start = time.monotonic()

@@ -31,6 +31,7 @@ REDUCE = {
     0: lambda kernel: kernel[:, :, 0, 0],
 }
 ORDERS = {"gradients held": (True, True), "gradients made again": (False, True), "products of positions": (False, False)}
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB."
 SOME = ["groups", "embedding", "padding index", "cross attention", "module used twice", "lstm", "batch norm of images"]
 
 
@@ -67,7 +68,7 @@ def test_every_order_of_summation_gives_the_same(name, order, monkeypatch):
     monkeypatch.setattr(LayerShape, "explicit", lambda *_: explicit)
     t = truth(name)
     for work in (2**20, 1):  # all rows at once, or one row and one channel at a time
-        monkeypatch.setattr(Job, "plan", lambda self, work=work: shapes.LargePlan(2, 2, work, 0))
+        monkeypatch.setattr(Job, "plan", lambda _, work=work: shapes.LargePlan(2, 2, work, 0))
         for reduce in ("trace", 0):
             found = array(large_ntk(t.model, t.x1, t.x2, reduce=reduce, check=0))
             assert_kernel(found, REDUCE[reduce](t.kernel(cross=True)), float(t.kernel(cross=True).abs().max()))
@@ -163,6 +164,19 @@ def test_nothing_about_the_model_changes():
     large_ntk(model, x, rows=5, columns=3)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.slow
+def test_two_thousand_images_and_a_residual_network_agree_with_double_precision():
+    model, x = small(n=2000, width=4, dtype=torch.float32, name="resnet18")
+    found = large_ntk(model, x, max_memory=50 * 2**20)
+    assert found.rows < 1500  # several chunks
+    assert found.error < 1e-5
+    block = torch.randperm(2000, generator=stream(0, "block"))[:40]
+    exact = empirical_ntk(model.double(), x[block[:20]].double(), x[block[20:]].double()).sum((2, 3))
+    part = array(found)[block[:20]][:, block[20:]].double()
+    assert float((part - exact).norm() / exact.norm()) < 1e-5
+    assert torch.equal(array(found), array(found).T)
 
 
 # files
@@ -285,7 +299,7 @@ def out_of_memory_above(limit):
 
     def factors(self, g, factors=operations.Convolution.factors):
         if g.shape[1] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         return factors(self, g)
 
     return factors
@@ -310,7 +324,7 @@ def limited(name, limit):
 
     def call(self, x, *arguments):
         if len(x) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         return method(self, x, *arguments)
 
     return call

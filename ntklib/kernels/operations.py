@@ -26,7 +26,7 @@ class Outer:
         bias: Whether the bias of the same operation counts too (its U is 1).
         source: What U was made from and can be made from again, ``[n, ...]``; None for U itself.
         remake: Makes U from ``source``, or from rows of it.
-        relative: Whether the last axis of U is numbered by what occurs in this pass: U of two passes must then be made by ``remake``.
+        relative: Whether the last axis of U counts what occurs in this pass, so that U of two passes must be made by ``remake``.
     """
 
     u: Tensor
