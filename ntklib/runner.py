@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ntklib import chapters, progress, provenance, storage, torchrun
+from ntklib import chapters, needs, progress, provenance, storage, torchrun
 from ntklib.paths import project_root, runs_root
 from ntklib.sweeps import JOBS, SHARE, read_share
 
@@ -34,6 +34,7 @@ class Task:
         preset: Preset the parameters start from, ``"custom"`` once one was changed.
         parameters: All parameters, checked.
         stamp: Hash of all the output depends on; an output with the same stamp is up to date.
+        base: Preset that the parameters started from.
         share: ``"k/n"`` for the k-th of n processes that work on the runs of this chapter; the notebook it leaves is its own.
         rank: Number of this process in a job of ``torchrun``, whose processes all execute the chapter and train its runs together;
             what process 0 leaves is the chapter's, that of the others is of no use but to see what they did.
@@ -43,6 +44,7 @@ class Task:
     preset: str
     parameters: dict[str, Any]
     stamp: str
+    base: str = "default"
     share: str = ""
     rank: int = 0
     process: subprocess.Popen | None = None
@@ -108,16 +110,22 @@ def make_task(chapter: str, preset: str = "default", overrides: Mapping[str, Any
     source = [[c.cell_type, c.source, c.metadata] for c in nbformat.read(path, as_version=4).cells]
     claims = (project_root() / "book" / "claims.yml").read_text(encoding="utf-8")
     parts = [source, values, provenance.code_fingerprint(numeric_only=False), claims, provenance.versions()]
-    return Task(chapter, name, values, storage.sha256(storage.canonical(parts))[:16], share, torchrun.rank())
+    return Task(chapter, name, values, storage.sha256(storage.canonical(parts))[:16], preset, share, torchrun.rank())
 
 
 def run(tasks: Sequence[Task], *, jobs: int = 1, force: bool = False, console: Console | None = None) -> list[Task]:
     """Execute tasks, ``jobs`` at a time, showing progress; return those that failed.
 
     Outputs that are up to date are left alone unless ``force``. On an interrupt all processes are ended first.
+
+    Raises:
+        DatasetNotFoundError: If a dataset is neither there nor to be had, before any task is started.
     """
     console = console or Console(stderr=True)
     waiting = [task for task in tasks if force or not _is_done(task, console)]
+    for task in waiting if torchrun.rank() == 0 else ():
+        for sentence in needs.missing(task.parameters, task.base):
+            console.print(f"{task.name}: {sentence}", **PLAIN)
     threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(waiting))) // torchrun.local_size())
     running: list[Task] = []
     failed: list[Task] = []

@@ -392,6 +392,9 @@ def test_more_images_than_memory_are_refused_before_any_is_decoded(root, monkeyp
         message = rf"^{total} images of 224 x 224 .* or a subset: num_train and num_test together at most 5\."
         with pytest.raises(MemoryError, match=message):
             load("imagenet", **counts)
+    folders.check_memory(12, "uint8")  # bytes take 2 where float32 takes 5: while they are put in order there are two copies
+    with pytest.raises(MemoryError, match=r"stored as uint8, .* Take storage=.stream., .* subset: .* at most 12\."):
+        folders.check_memory(13, "uint8")
 
 
 @pytest.mark.parametrize("name", NAMES)

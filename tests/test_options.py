@@ -15,7 +15,7 @@ from ntklib.data import Dataset, modular_addition
 from ntklib.models import initialize
 from ntklib.random import stream
 from ntklib.training import TrainingOptions, accuracy, full_batch_adamw, gradient_descent, loop_by_optimizer, minibatch, sgd
-from ntklib.training.options import Forward, check_determinism, determinism, float32_products
+from ntklib.training.options import Forward, check_determinism, determinism, float32_products, full_loss
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 OPTIONS = [{"channels_last": True}, {"precision": "tf32"}, {"precision": "bf16"}, {"compile": True}, {"deterministic": True}]
@@ -293,6 +293,22 @@ def test_compiled_full_batch_steps_are_the_eager_ones_to_rounding(loop, monkeypa
 
 @pytest.mark.slow
 @NEEDS_COMPILER
+def test_what_a_gpu_would_replay_is_the_loss(monkeypatch):
+    """The branch for a GPU with tensors on the processor, where nothing is replayed."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    data, net = dataset(), network("mlp")
+    loss = full_loss(net, nn.functional.cross_entropy, torch.device("cuda"), compile=True)
+    for _ in range(2):
+        loss(data.x_train, data.y_train).backward()
+    twice = [w.grad.clone() for w in net.parameters()]
+    net.zero_grad()
+    (2 * nn.functional.cross_entropy(net(data.x_train), data.y_train)).backward()
+    for got, w in zip(twice, net.parameters(), strict=True):
+        torch.testing.assert_close(got, w.grad, rtol=1e-4, atol=1e-6)  # float32
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
 def test_a_compiled_transformer_is_trained_like_the_eager_one(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     pairs = modular_addition(5, 0.5, seed=0)
@@ -324,6 +340,18 @@ def test_a_full_batch_loop_compiles_its_loss_once_per_run(loop, monkeypatch):
     monkeypatch.setattr(torch, "compile", stand_in)
     assert bits(full_batch(loop, compile=True), full_batch(loop))
     assert len(calls) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("loop", [gradient_descent, full_batch_adamw])
+def test_replayed_steps_on_a_gpu_are_the_eager_ones_to_rounding(loop):
+    data = dataset().to("cuda")
+
+    def run(compile: bool) -> list[float]:
+        states = loop(network("mlp").cuda(), data.x_train, data.y_train, lr=0.01, steps=20, loss="cross_entropy", compile=compile)
+        return [s.loss for s in states]
+
+    assert run(True) == pytest.approx(run(False), rel=1e-4)  # float32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

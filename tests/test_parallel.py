@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -196,6 +197,20 @@ def test_a_chapter_whose_kernel_dies_in_one_process_ends_the_job_and_leaves_no_p
     assert process.returncode == 1
     assert "DeadKernelError" in said
     _, alive = psutil.wait_procs(list(seen), timeout=10)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_a_chapter_that_is_told_to_end_ends_with_its_kernel(tmp_path):
+    process = start(tmp_path, count=1, program=("-m", "ntklib", "run", "quickstart", "--preset", "smoke", "-p", "steps", "1000000"))
+    while not any("ipykernel_launcher" in " ".join(command(p)) for p in family(process)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    seen = family(process)
+    process.terminate()  # what torchrun does to the others when one process has failed
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(seen, timeout=5)
     assert not alive
 
 

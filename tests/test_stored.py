@@ -272,6 +272,7 @@ for state in sgd(net, Dataset("zeros", images, y, images, y, 2), lr=0.1, batch_s
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_run_that_is_killed():
     environment = os.environ | {"NTKLIB_WORKERS": "2"}
     run = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, env=environment)

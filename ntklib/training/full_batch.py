@@ -72,9 +72,9 @@ def gradient_descent(
             return
         if stop_at is not None:
             before, weights = float(value.detach()), [w.detach().clone() for w in model.parameters()]
-        optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # before the next evaluation, whose graph may reuse the memory
 
 
 @in_float32
@@ -148,9 +148,9 @@ def full_batch_adamw(
             return
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # before the next evaluation, whose graph may reuse the memory
 
 
 @contextmanager
