@@ -117,7 +117,7 @@ class Watch(TorchFunctionMode):
         self.wanted, self.every, self.root, self.visit = wanted, every, root, visit
         self.views: dict[int, tuple[Tensor, Tensor]] = {}  # id of W.T -> (W.T, W)
         self.notes = Survey()
-        self.places: set[int] = set()  # where tensors seen so far are stored: views do not count twice
+        self.places: dict[int, Tensor] = {}  # by address, so that views do not count twice; held, so that no address comes again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -134,7 +134,7 @@ class Watch(TorchFunctionMode):
             inner = _functorch.get_unwrapped(inner)
         place = inner.untyped_storage().data_ptr()
         if place not in self.places and t.is_floating_point():
-            self.places.add(place)
+            self.places[place] = inner
             self.notes.activations += t.numel()
             self.notes.widest = max(self.notes.widest, t.numel())
 
