@@ -92,7 +92,7 @@ def write_out_groups(u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> Iterator
 
 def used_positions(*gradients: Tensor) -> Tensor | None:
     """Positions t of some ``g [n, k, t, ...]`` that are not 0 throughout, such as that of a class token; None if these are all."""
-    if any(bool((g[0] != 0).any(0).flatten(1).any(1).all()) for g in gradients):
+    if any(_everywhere(g[0, 0]) or _everywhere(g[0].movedim(0, -1)) for g in gradients):
         return None
     each = [(g != 0).any(0).any(0).flatten(1).any(1) for g in gradients]
     used = torch.stack(each).any(0)
@@ -100,11 +100,19 @@ def used_positions(*gradients: Tensor) -> Tensor | None:
     return used.nonzero()[:, 0]
 
 
+def _everywhere(g: Tensor) -> bool:
+    """Whether ``g [t, ...]`` is not 0 throughout at any t."""
+    return bool((g != 0).flatten(1).any(1).all())
+
+
 def rank_one(g: Tensor) -> tuple[Tensor, Tensor] | None:
     """Split G[n,k,t,o] = W[k,o] M[n,t,o] to rounding: ``w [k, o]`` and ``m [n, t, o]``, or None if it does not."""
-    if g.shape[1] < 3 or _split(g[:1]) is None:
-        return None
-    return _split(g)
+    return _split(g) if may_be_rank_one(g) else None
+
+
+def may_be_rank_one(g: Tensor) -> bool:
+    """Whether it is worth a look: three directions at least, and the first example's gradients, first of a few channels, are it."""
+    return g.shape[1] >= 3 and all(_split(part) is not None for part in (g[:1, ..., :8], g[:1]))
 
 
 def _split(g: Tensor) -> tuple[Tensor, Tensor] | None:

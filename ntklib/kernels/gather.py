@@ -11,7 +11,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from ntklib.kernels.blocks import rank_one
+from ntklib.kernels.blocks import may_be_rank_one
 from ntklib.kernels.capture import CaptureError, Visit
 from ntklib.kernels.contract import Accumulator
 from ntklib.kernels.operations import Emission, Factor, Outer, Rows, inputs_of
@@ -74,7 +74,7 @@ class Gathered:
 
     def _explicit(self, names: tuple[str, ...], u: Tensor, g: Tensor) -> bool:
         one_group = u.shape[2] == 1
-        return self.sums(names).explicit(u[:, :, 0], g[..., 0, :]) and not (one_group and rank_one(g[..., 0, :]) is not None)
+        return self.sums(names).explicit(u[:, :, 0], g[..., 0, :]) and not (one_group and may_be_rank_one(g[..., 0, :]))
 
 
 def _like(x: Tensor, *shape: int) -> Tensor:
