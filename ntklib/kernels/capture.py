@@ -33,6 +33,9 @@ class Leaf(Operation):
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.aten._unsafe_view(x, x.shape)  # the same memory, but to autograd not a view of the parameter
 
+    def pull_back(self, g: Tensor) -> Tensor:
+        return g
+
     def factors(self, g: Tensor) -> Iterator[Emission]:
         yield (str(self.names[0]),), Rows(g.transpose(0, 1).reshape(g.shape[1], g.shape[0], -1))
 

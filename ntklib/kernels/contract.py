@@ -10,6 +10,7 @@ With J[n,k,:,:] = sum_t G[n,k,t,:] U[n,t,:]^T (o x d numbers) the product of two
 Multiply-adds are counted before choosing. Sums over pairs of examples are formed above the diagonal only, then mirrored.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -30,7 +31,7 @@ from ntklib.kernels.operations import Factor, Rows
 _ROWS = 160  # rows of a kernel formed at a time: enough for a full-speed product, few enough for triangles
 
 
-class Accumulator:
+class Accumulator(ABC):
     """Sum over factors of the kernel between two sets of examples, in one of five shapes.
 
     A factor holds the examples of the first set followed by those of the second (``n1`` given), or one set only (``n1=None``: the
@@ -53,8 +54,9 @@ class Accumulator:
         self.half = 0.55 if self.symmetric else 1.0  # share of pairs formed
         self.total = like.new_zeros(self.shape())
 
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Of the sum, as it is kept."""
 
     def add(self, factor: Factor) -> None:
         """Add the contribution of one factor."""
@@ -103,24 +105,25 @@ class Accumulator:
         explicit, contracted = self.costs(n, self.k, u.shape[1], u.shape[2], g.shape[3])
         return explicit <= contracted
 
+    @abstractmethod
     def rows(self, j1: Tensor, j2: Tensor) -> None:
         """Add for gradients ``[n, k, p]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
         """Add for one position, ``u [n, d]`` and ``g [n, k, o]``; ``ones`` counts a bias too."""
-        raise NotImplementedError
 
+    @abstractmethod
     def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
         """Add for J[n,k,o] = w[k,o] s[o,n]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
-        raise NotImplementedError
+        """Add for several positions, ``u [n, t, d]`` and ``g [n, k, t, o]``, without writing gradients out."""
 
+    @abstractmethod
     def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
         """Multiply-adds of the explicit and of the contracted order."""
-        raise NotImplementedError
 
     def result(self) -> Tensor:
         return self.total

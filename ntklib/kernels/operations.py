@@ -5,6 +5,7 @@ output directions that are pulled back at once. Factors are example-major, ``[n,
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +57,7 @@ Emission = tuple[tuple[str, ...], Factor]  # names of the parameters that a fact
 
 
 @dataclass(eq=False)
-class Operation:
+class Operation(ABC):
     """One use of parameters in a forward pass, z = op(x; weight, bias).
 
     Attributes:
@@ -70,17 +71,17 @@ class Operation:
     names: tuple[str | None, str | None]
     saved: Tensor = field(init=False)
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Outputs z for inputs ``[n, *shape]``; keeps what the factors need."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pull_back(self, g: Tensor) -> Tensor:
         """Gradient with respect to the input, ``[K, n, *shape]``, of gradients with respect to the output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def factors(self, g: Tensor) -> Iterator[Emission]:
         """Factors of the wanted parameters' Jacobian."""
-        raise NotImplementedError
 
     def _outer(self, u: Tensor, g: Tensor, remake: Callable[[Tensor], Tensor] | None = None) -> Iterator[Emission]:
         """Factors of a weight and a bias that act alike at every position t."""
