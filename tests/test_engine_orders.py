@@ -112,6 +112,18 @@ def cut(factor: Factor, part: slice) -> Factor:
     return Rows(factor.j[part]) if isinstance(factor, Rows) else Outer(factor.u[part], factor.g[part], factor.bias)
 
 
+def test_positions_that_no_output_depends_on_are_found():
+    found = {name: blocks.used_positions(FACTORS[name].g) for name in FACTORS if isinstance(FACTORS[name], Outer)}
+    used = {name: where.tolist() for name, where in found.items() if where is not None}
+    assert used["one position used"] == [1]
+    assert used["some positions used"] == used["some positions used, with groups"] == [0, 2]
+    assert used["no position used"] == [0]  # one at least is kept
+    assert found["positions"] is None
+    both = blocks.used_positions(FACTORS["one position used"].g, FACTORS["some positions used"].g)
+    assert both is not None
+    assert both.tolist() == [0, 1, 2]
+
+
 def test_gradients_of_rank_one_are_recognised_and_others_are_not():
     split = contract.rank_one(FACTORS["rank one"].g[..., 0, :])
     assert split is not None
