@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ntklib import progress, torchrun
@@ -19,6 +20,7 @@ Result = TypeVar("Result")
 AnySettings = TypeVar("AnySettings", bound=Settings)
 Value = TypeVar("Value", bound=Hashable)
 JOBS = "NTKLIB_JOBS"  # environment variable: processes a chapter may use
+PREFIX = "NTKLIB_"  # of all environment variables of the package
 SHARE = "NTKLIB_SHARE"  # environment variable "k/n": this process is the k-th of n (from 1) that work on the same sweeps
 
 
@@ -58,8 +60,8 @@ def _map(function: Callable[[Any], Result], settings: Sequence[Any], jobs: int, 
         return [_single_threaded(function, s, environment) for s in settings]
     from joblib import Parallel, delayed
 
-    environment = {progress.FILE: os.environ[progress.FILE], **environment}
-    calls = (delayed(_single_threaded)(function, s, environment) for s in settings)
+    environment = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)} | environment
+    calls = (delayed(_in_worker)(function, s, environment) for s in settings)
     with warnings.catch_warnings():  # loky replaces a worker whose memory has grown, and starts its job anew
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
         results: Any = Parallel(n_jobs=jobs, backend="loky")(calls)
@@ -115,22 +117,42 @@ def gather(one: Mapping[Any, Sequence[AnySettings]], results: "Mapping[AnySettin
     return pd.concat(frames, ignore_index=True)
 
 
+def _in_worker(function: Callable[[Any], Result], settings: Any, environment: dict[str, str]) -> Any:
+    """Call in a process that may be older than the caller's settings: its variables of the package become the caller's."""
+    old = {name: None for name in os.environ if name.startswith(PREFIX)}
+    with _variables(old | environment):
+        return _single_threaded(function, settings, {})
+
+
 def _single_threaded(function: Callable[[Any], Result], settings: Any, environment: dict[str, str]) -> Any:
     """Call on one thread; a run that another process holds comes back as ``RunBusyError`` where the environment asks for that."""
     import torch
 
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return function(settings)
+        with _variables(environment):
+            return function(settings)
     except RunBusyError as error:
         return error
     finally:
         torch.set_num_threads(threads)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+
+
+@contextmanager
+def _variables(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set variables of the environment, or remove those that are ``None``; in the end all are as before."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

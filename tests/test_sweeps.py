@@ -1,5 +1,6 @@
 """Sweeps: which settings are run, and how their histories come back together."""
 
+import os
 import shutil
 import threading
 import time
@@ -109,6 +110,29 @@ def test_a_run_that_another_process_holds_is_left_for_later_only_where_the_sweep
     assert sweep(train, [0, 1, 2], jobs=1) == [0, 1, 2]
     other.join()
     assert order == [1, 2, 0]
+
+
+def test_processes_that_are_used_again_see_the_variables_of_the_caller_as_they_are_now(monkeypatch):
+    def seen(_):
+        return {name: os.environ.get(name) for name in ("NTKLIB_DATA", "NTKLIB_WORKERS", "NTKLIB_SHARE")}, os.getpid()
+
+    def values():
+        found = sweep(seen, [0, 1, 2, 3], jobs=2)
+        assert all(v == found[0][0] for v, _ in found)
+        return found[0][0], {pid for _, pid in found}
+
+    monkeypatch.setenv("NTKLIB_DATA", "first")
+    monkeypatch.setenv("NTKLIB_WORKERS", "1")
+    monkeypatch.delenv("NTKLIB_SHARE", raising=False)
+    first, processes = values()
+    monkeypatch.setenv("NTKLIB_DATA", "second")
+    monkeypatch.delenv("NTKLIB_WORKERS")
+    monkeypatch.setenv("NTKLIB_SHARE", "2/2")
+    second, later = values()
+    assert first == {"NTKLIB_DATA": "first", "NTKLIB_WORKERS": "1", "NTKLIB_SHARE": None}
+    assert second == {"NTKLIB_DATA": "second", "NTKLIB_WORKERS": None, "NTKLIB_SHARE": "2/2"}
+    assert os.getpid() not in processes | later
+    assert processes & later, "no process was used again: the test has shown nothing"
 
 
 def test_gathering_a_sweep_over_nothing_gives_a_frame_without_rows_that_can_be_worked_on_like_any_other():
