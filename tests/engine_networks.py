@@ -247,6 +247,12 @@ USES = {
     "checkpoint": Case(
         lambda: Net(lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)), a=Sequential(Linear(4, 5), Tanh()), b=Linear(5, 3)),
         (4,),
+    ),
+    "checkpoint of a function without a rule": Case(
+        lambda: Net(
+            lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)), a=Sequential(Linear(4, 5), nn.Softsign()), b=Linear(5, 3)
+        ),
+        (4,),
         streams=False,
     ),
     "prelu": Case(lambda: Sequential(Linear(4, 5), nn.PReLU(5), Linear(5, 3)), (4,), ("1.weight",)),

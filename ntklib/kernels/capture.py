@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ntklib.kernels.operations import Emission, Operation, Rows
-from ntklib.kernels.uses import HANDLERS, TRANSPOSED
+from ntklib.kernels.uses import ACTIVATIONS, HANDLERS, TRANSPOSED, activation
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 Visit = Callable[[Emission], None]
@@ -125,16 +125,18 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         touched = [t for t in _tensors((args, kwargs)) if id(t) in self.wanted or id(t) in self.views]
-        out = self._dispatch(func, args, kwargs, touched) if touched else func(*args, **kwargs)
+        if touched:
+            out = self._dispatch(func, args, kwargs, touched)
+        else:
+            out = activation(self, func, args, kwargs) if func in ACTIVATIONS else NotImplemented
+            out = func(*args, **kwargs) if out is NotImplemented else out
         if self.measure:
             for t in _tensors(out):
                 self._measure(t)
         return out
 
     def _measure(self, t: Tensor) -> None:
-        inner = t
-        while _functorch.is_batchedtensor(inner):
-            inner = _functorch.get_unwrapped(inner)
+        inner = _physical(t)
         place = inner.untyped_storage().data_ptr()
         if place not in self.places and t.is_floating_point():
             self.places[place] = inner
@@ -164,6 +166,10 @@ class Watch(TorchFunctionMode):
         """Whether these are None or constants without an example axis."""
         return not any(t is not None and _functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
+    def depends(self, x: Tensor) -> bool:
+        """Whether this has an example axis and depends on what is watched."""
+        return not self.plain(x) and _physical(x).requires_grad
+
     def names(self, *params: Tensor | None) -> Any:
         """Names of those whose gradient is wanted."""
         return tuple(self.wanted.get(id(p)) if p is not None else None for p in params)
@@ -172,6 +178,13 @@ class Watch(TorchFunctionMode):
         """Run an operation on the whole batch, with its gradients watched."""
         self.notes.uses.append((type(op).__name__, op.names))
         return _Lifted.apply(x, self.every, self.root, op, self.visit)  # pyright: ignore[reportReturnType]
+
+
+def _physical(t: Tensor) -> Tensor:
+    """The tensor behind all vmaps."""
+    while _functorch.is_batchedtensor(t):
+        t = _functorch.get_unwrapped(t)
+    return t
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

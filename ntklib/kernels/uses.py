@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ntklib.kernels import operations
+from ntklib.kernels.activations import Activation, ReLU
 from ntklib.kernels.operations import Operation
 
 
@@ -22,6 +23,7 @@ class Watcher(Protocol):
     views: dict[int, tuple[Tensor, Tensor]]
 
     def plain(self, *tensors: Tensor | None) -> bool: ...
+    def depends(self, x: Tensor) -> bool: ...
     def names(self, *params: Tensor | None) -> Any: ...
     def apply(self, x: Tensor, op: Operation) -> Tensor: ...
 
@@ -142,6 +144,22 @@ def _embedding(
     return watch.apply(input, operations.Embedding(weight, None, watch.names(weight, None), padding_idx=padding_idx))
 
 
+def activation(watch: Watcher, function: Callable[..., Tensor], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Apply one of ``ACTIVATIONS``, if its argument depends on what is watched and is not overwritten."""
+    x, *rest = args if args else (options.get("input"),)
+    if not isinstance(x, Tensor) or not watch.depends(x):
+        return NotImplemented
+    options = {name: value for name, value in options.items() if name not in ("input", "inplace") or value is True}
+    if any(value is True or isinstance(value, Tensor) for value in (*rest, *options.values())):
+        return NotImplemented
+    return watch.apply(x, ReLU() if function in _RELU else Activation(lambda z: function(z, *rest, **options)))
+
+
+_RELU: set[Any] = {F.relu, torch.relu, Tensor.relu}
+ACTIVATIONS: set[Any] = _RELU | {
+    F.gelu, F.silu, F.mish, F.softplus, F.elu, F.selu, F.celu, F.leaky_relu, F.tanh, F.sigmoid,
+    torch.tanh, torch.sigmoid, torch.erf, Tensor.tanh, Tensor.sigmoid, Tensor.erf,
+}  # fmt: skip
 HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
