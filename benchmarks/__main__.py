@@ -26,15 +26,28 @@ PROBES = "probes"
 @click.option("--timeout", default=900.0, show_default=True, help="Seconds that one call may take.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute.")
 @click.option("--save", is_flag=True, help="Keep the results in book/reference.")
+@click.option("--beside", default="", help="With --save: in a file of this name, beside those of another processor.")
 @click.pass_context
 def main(
-    context: click.Context, quick: bool, only: str, repeats: int, peers: str, budget: float, timeout: float, device: str, save: bool
+    context: click.Context,
+    quick: bool,
+    only: str,
+    repeats: int,
+    peers: str,
+    budget: float,
+    timeout: float,
+    device: str,
+    save: bool,
+    beside: str,
 ) -> None:
     """Time methods in turn on one thread, with agreement in float64, peak memory and the fraction of the floor."""
     if context.invoked_subcommand:
         return
     if save and quick:
         msg = "--save keeps measurements at full size. Leave out --quick."
+        raise click.UsageError(msg)
+    if beside and not (save and beside.isidentifier()):
+        msg = f"--beside requires --save and a name of letters, digits and _. Got {beside!r}."
         raise click.UsageError(msg)
     chosen = names(only, [*(w.name for w in workloads.WORKLOADS), PROBES]) or [
         *(w.name for w in workloads.WORKLOADS if device in (w.device or device)), PROBES
@@ -45,7 +58,7 @@ def main(
         require_cuda()
     options = Options(packages, quick, 0 if quick else repeats, budget, timeout, device)
     console = Console()
-    measure(chosen, options, console if console.is_terminal else Console(width=124), save=save)
+    measure(chosen, options, console if console.is_terminal else Console(width=124), save=(beside or device) if save else "")
 
 
 @main.command("install-neural-tangents")
@@ -82,8 +95,8 @@ def require_cuda() -> None:
         raise click.UsageError(msg)
 
 
-def measure(chosen: list[str], options: Options, console: Console, *, save: bool) -> tuple[list[Result], Result | None]:
-    """Run the chosen workloads, print tables, keep results as they come; return them."""
+def measure(chosen: list[str], options: Options, console: Console, *, save: str = "") -> tuple[list[Result], Result | None]:
+    """Run the chosen workloads, print tables, keep results under the name ``save`` as they come; return them."""
     results: list[Result] = []
     probes, workers = None, Workers()
     with tempfile.TemporaryDirectory() as folder, console.status("starting") as status:
@@ -101,13 +114,13 @@ def measure(chosen: list[str], options: Options, console: Console, *, save: bool
                 if not options.quick:
                     workers.close()
                 if save:
-                    report.save(results, probes, options.device)
+                    report.save(results, probes, save)
         finally:
             workers.close()
     if options.device == "cpu" and not options.quick:
         report.print_targets(console, targets.judge({r["name"]: r for r in results}, probes))
     if save:
-        console.print(f"kept in {report.path(options.device).relative_to(workloads.ROOT)}")
+        console.print(f"kept in {report.path(save).relative_to(workloads.ROOT)}")
     return results, probes
 
 

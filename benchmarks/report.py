@@ -15,9 +15,9 @@ from benchmarks.workloads import ROOT
 from ntklib import provenance, storage
 
 
-def path(device: str) -> Path:
-    """Where results are kept."""
-    return ROOT / "book" / "reference" / ("benchmarks.json" if device == "cpu" else f"benchmarks_{device}.json")
+def path(name: str) -> Path:
+    """Where results are kept: of ``"cpu"``, ``"cuda"``, or of a further processor under a name of its own."""
+    return ROOT / "book" / "reference" / ("benchmarks.json" if name == "cpu" else f"benchmarks_{name}.json")
 
 
 def origin(versions: dict[str, str], repeats: int) -> dict[str, Any]:
@@ -29,14 +29,14 @@ def origin(versions: dict[str, str], repeats: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save(workloads: list[Result], probes: Result | None, device: str) -> Path:
+def save(workloads: list[Result], probes: Result | None, name: str) -> Path:
     """Write results atomically; workloads that were not measured now keep what is stored."""
-    stored = storage.read_json(path(device)) or {"workloads": [], "probes": None}
+    stored = storage.read_json(path(name)) or {"workloads": [], "probes": None}
     merged = {w["name"]: w for w in [*stored["workloads"], *workloads]}
     probes = probes or stored["probes"]
-    content = {"name": path(device).stem, "workloads": list(merged.values()), "probes": probes, "targets": judge(merged, probes)}
-    storage.write_json(path(device), content)
-    return path(device)
+    content = {"name": path(name).stem, "workloads": list(merged.values()), "probes": probes, "targets": judge(merged, probes)}
+    storage.write_json(path(name), content)
+    return path(name)
 
 
 def number(value: float | None, form: str = ".3g") -> str:

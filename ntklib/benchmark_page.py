@@ -30,6 +30,10 @@ def benchmarks_page() -> str:
             parts.append(f"No {device} measurement is stored.\n")
             continue
         parts += [_targets(stored["targets"]), *(_workload(w) for w in stored["workloads"]), _probes(stored["probes"])]
+    for path in sorted(folder.glob("benchmarks_*.json")):
+        stored = None if path.name == "benchmarks_cuda.json" else storage.read_json(path)
+        if stored is not None:
+            parts.append(_elsewhere(stored))
     return "\n".join(parts)
 
 
@@ -43,11 +47,24 @@ def _number(value: float | None, form: str = ".3g", unit: str = "") -> str:
 
 
 def _targets(targets: Sequence[Row]) -> str:
+    return "## Targets\n\n" + _target_table(targets)
+
+
+def _target_table(targets: Sequence[Row]) -> str:
     verdict = {True: "met", False: "**not&nbsp;met**", None: "not measured"}
     rows = [
         [t["text"], t["required"].replace(">=", "≥").replace("<=", "≤"), _number(t["found"]), verdict[t["met"]]] for t in targets
     ]
-    return "## Targets\n\n" + _table(("target", "required", "found", ""), rows)
+    return _table(("target", "required", "found", ""), rows)
+
+
+def _elsewhere(stored: Row) -> str:
+    """What was measured on a further processor, with the targets that this decides."""
+    workloads = stored["workloads"]
+    machines = dict.fromkeys(f"{w['machine']['cpu']} with {w['versions']['instruction set']}" for w in workloads)
+    head = f"## On another processor: {', '.join(machines)}\n\nRatios and fractions depend on the processor.\n"
+    decided = [t for t in stored["targets"] if t["met"] is not None]
+    return "\n".join([head, _target_table(decided), *("#" + _workload(w) for w in workloads)])
 
 
 def _workload(w: Row) -> str:

@@ -23,10 +23,28 @@ def test_every_method_of_every_workload_has_a_line_with_its_numbers(stored):
 
 def test_a_target_that_was_missed_is_called_so(stored):
     page = benchmark_page.benchmarks_page()
+    first = page.split("## On another processor")[0]
     for target in stored["targets"]:
-        (line,) = (line for line in page.splitlines() if line.startswith(f"| {target['text']} |"))
+        (line,) = (line for line in first.splitlines() if line.startswith(f"| {target['text']} |"))
         assert ("not&nbsp;met" in line) == (target["met"] is False)
         assert ("not measured" in line) == (target["met"] is None)
+
+
+def test_a_further_processor_has_a_section_with_what_was_measured_on_it(stored, tmp_path, monkeypatch):
+    folder = tmp_path / "book" / "reference"
+    folder.mkdir(parents=True)
+    only = [w for w in stored["workloads"] if w["name"] == "W1"]
+    only[0]["machine"]["cpu"] = "A machine"
+    unmeasured, measured = stored["targets"][0] | {"text": "one", "met": None}, stored["targets"][1] | {"text": "two", "met": False}
+    storage.write_json(folder / "benchmarks_small.json", stored | {"workloads": only, "targets": [unmeasured, measured]})
+    monkeypatch.setattr(benchmark_page, "project_root", lambda: tmp_path)
+    page = benchmark_page.benchmarks_page()
+    head, section = page.split("## On another processor: A machine with AVX512")
+    assert "No CPU measurement is stored." in head
+    assert "### W1: " in section
+    assert "| two |" in section
+    assert "**not&nbsp;met**" in section
+    assert "| one |" not in section
 
 
 def test_without_measurements_the_page_says_so(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def quick_run():
         patch.setattr(workloads, "find_spec", lambda _: None)
         options = Options(workloads.PEERS, quick=True, repeats=1)
         console = Console(file=io.StringIO(), width=124)
-        return *cli.measure(["W1", "W4", "probes"], options, console, save=False), console
+        return *cli.measure(["W1", "W4", "probes"], options, console), console
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -178,7 +178,7 @@ def test_a_quick_run_prints_tables(quick_run):
 
 def test_results_are_kept_whole_and_merged(quick_run, tmp_path, monkeypatch):
     results, found_probes, _ = quick_run
-    monkeypatch.setattr(report, "path", lambda device: tmp_path / f"{device}.json")
+    monkeypatch.setattr(report, "path", lambda name: tmp_path / f"{name}.json")
     report.save(results[:1], None, "cpu")
     report.save(results[1:], found_probes, "cpu")
     stored = storage.read_json(tmp_path / "cpu.json")
