@@ -7,6 +7,8 @@ import pytest
 import torch
 from engine_case import assert_kernel
 from engine_cases import truth
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import reduce_by_definition
 from test_plan import PROGRAM
 
@@ -110,6 +112,19 @@ def test_factors_contract_to_products_of_their_gradients(kind, name, seen, monke
 
 def cut(factor: Factor, part: slice) -> Factor:
     return Rows(factor.j[part]) if isinstance(factor, Rows) else Outer(factor.u[part], factor.g[part], factor.bias)
+
+
+@given(o=st.integers(1, 600), d=st.integers(1, 6000), room=st.integers(0, 200_000))
+def test_blocks_of_gradients_fit_in_their_memory_and_are_even(o, d, room):
+    channels, inputs = blocks._block_shape(o, d, room)
+    assert 1 <= channels <= o
+    assert channels == o or channels % 64 == 0
+    assert 1 <= inputs <= d
+    assert channels * inputs <= max(room, min(o, 64))  # 64 channels of one input at least
+    if inputs < d and room >= 16 * channels:
+        assert inputs % 16 == 0
+    least = -(-d // max(1, room // channels))
+    assert least <= -(-d // inputs) <= 2 * least
 
 
 def test_positions_that_no_output_depends_on_are_found():
