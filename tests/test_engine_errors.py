@@ -114,6 +114,20 @@ def test_a_network_without_a_kernel_is_refused(measure, model, message):
         measure(model, inputs())
 
 
+def test_outputs_that_cancel_to_rounding_errors_are_not_taken_for_rows_that_interact():
+    noise = torch.finfo(torch.float64).eps
+
+    def forward(m, x):  # as of two halves that are equal at first: what is left depends on the order of summation
+        return m.a(x) - m.b(x) + noise * len(x)
+
+    torch.manual_seed(0)
+    model = Net(forward, a=nn.Linear(4, 3).double(), b=nn.Linear(4, 3).double())
+    model.b.load_state_dict(model.a.state_dict())
+    assert_kernel(empirical_ntk(model, inputs()), ntk_by_definition(model, inputs(), inputs()))
+    with pytest.raises(ValueError, match="rows of a batch must not interact"):
+        empirical_ntk(Net(lambda m, x: m.a(x) - m.a(x).mean(0) + 1e-3 * len(x), a=model.a), inputs())
+
+
 def test_a_network_that_changes_its_parameters_is_refused():
     def forward(m, x):
         m.a.weight.add_(0.0)
