@@ -34,10 +34,13 @@ def plain() -> nn.Module:
 
 
 def normed() -> nn.Module:
-    """Batch normalisation of every kind: over maps and vectors, without parameters, with a cumulative average, untracked."""
+    """Batch normalisation of every kind: over maps and vectors, without parameters, with a cumulative average, untracked.
+
+    No layer in front of one has a bias: its gradient would be 0 but for rounding errors, of which Adam makes steps.
+    """
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4, momentum=None, affine=False),
-        nn.Flatten(), nn.Linear(144, 5), nn.BatchNorm1d(5, momentum=0.3), nn.Tanh(), nn.BatchNorm1d(5, track_running_stats=False),
+        nn.Flatten(), nn.Linear(144, 5, bias=False), nn.BatchNorm1d(5, momentum=0.3), nn.Tanh(), nn.BatchNorm1d(5, track_running_stats=False),
         nn.Linear(5, 3),
     )  # fmt: skip
 
