@@ -40,8 +40,8 @@ def normed() -> nn.Module:
     """
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4, momentum=None, affine=False),
-        nn.Flatten(), nn.Linear(144, 5, bias=False), nn.BatchNorm1d(5, momentum=0.3), nn.Tanh(), nn.BatchNorm1d(5, track_running_stats=False),
-        nn.Linear(5, 3),
+        nn.Flatten(), nn.Linear(144, 5, bias=False), nn.BatchNorm1d(5, momentum=0.3), nn.Tanh(),
+        nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3),
     )  # fmt: skip
 
 
