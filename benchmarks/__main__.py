@@ -46,8 +46,8 @@ def main(
     if save and quick:
         msg = "--save keeps measurements at full size. Leave out --quick."
         raise click.UsageError(msg)
-    if beside and not (save and beside.isidentifier()):
-        msg = f"--beside requires --save and a name of letters, digits and _. Got {beside!r}."
+    if beside and not (save and beside.isidentifier() and beside not in ("cpu", "cuda")):
+        msg = f"--beside requires --save and a name of letters, digits and _, not of a device. Got {beside!r}."
         raise click.UsageError(msg)
     chosen = names(only, [*(w.name for w in workloads.WORKLOADS), PROBES]) or [
         *(w.name for w in workloads.WORKLOADS if device in (w.device or device)), PROBES

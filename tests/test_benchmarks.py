@@ -298,3 +298,10 @@ def test_a_linearized_step_is_timed_beside_a_step_of_the_network():
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     assert re.search(r"ratio \d+\.\d\d, target at most 3: (met|missed)", done.output)
+
+
+@pytest.mark.parametrize("options", [["--beside", "small"], *(["--save", "--beside", name] for name in ("cpu", "cuda", "../x"))])
+def test_results_beside_others_need_a_name_of_their_own(options):
+    found = CliRunner().invoke(cli.main, options)
+    assert found.exit_code == 2
+    assert "--beside requires --save and a name of letters" in found.output
