@@ -110,6 +110,26 @@ def test_factors_contract_to_products_of_their_gradients(kind, name, seen, monke
         assert_kernel(sums.result(), 2 * expected(kind, first, second))
 
 
+@pytest.mark.parametrize(("o", "d"), [(16, 27), (16, 9), (32, 48), (5, 27), (16, 160)])
+@pytest.mark.parametrize("gathered", [True, False], ids=["gradients are kept", "gradients in blocks"])
+@pytest.mark.parametrize("n1", [None, 2])
+def test_gradients_in_single_precision_are_the_same_whichever_axis_is_last(o, d, gathered, n1, monkeypatch):
+    monkeypatch.setattr(blocks, "BUDGET", 2**15)  # the larger ones in several blocks
+    exact = Outer(normal(N, 40, 1, d), normal(N, K, 40, 1, o, seed=1), bias=True)
+    single = Outer(exact.u.float(), exact.g.float(), bias=True)
+    sums = Full(N, K, n1, single.u)
+    monkeypatch.setattr(sums, "costs", lambda *_: ORDERS["explicit"])
+    if gathered:
+        whole = Gathered(N, lambda _: sums)
+        for part in (slice(0, 2), slice(2, N)):
+            whole.visitor(part)((("w",), cut(single, part)))
+        [(_, single)] = whole.factors()
+    sums.add(single)
+    j = written_out(exact)
+    kernel = expected(None, j, j) if n1 is None else expected(None, j[:2], j[2:])
+    assert (sums.result() - kernel).norm() <= 1e-5 * kernel.norm()
+
+
 def cut(factor: Factor, part: slice) -> Factor:
     return Rows(factor.j[part]) if isinstance(factor, Rows) else Outer(factor.u[part], factor.g[part], factor.bias)
 

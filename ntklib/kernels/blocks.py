@@ -43,7 +43,7 @@ def write_out(u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, scratch: Scratch) 
     for i in range(0, o, channels):
         for first in range(0, d, inputs):
             rows, columns = min(channels, o - i), min(inputs, d - first)
-            wide = columns > rows  # products run faster with the longer axis last
+            wide = inputs_last(rows, columns, g1)
             j = scratch(n1 + n2, k, *((rows, columns) if wide else (columns, rows)))
             sets = [(u1, g1, j[:n1])] + [(u2, g2, j[n1:])] * (n2 > 0)
             for u, g, out in sets:
@@ -64,6 +64,15 @@ def _block_shape(o: int, d: int, room: int) -> tuple[int, int]:
     unit = 16 if most >= 16 else 1
     parts = -(-d // (most // unit * unit))
     return channels, -(-d // (parts * unit)) * unit
+
+
+def inputs_last(o: int, d: int, g: Tensor) -> bool:
+    """Whether gradients of ``o`` channels and ``d`` inputs are written with the inputs last, where products are faster that way.
+
+    The longer axis last; but of float32 on a CPU whole vectors of 16 rather than others, up to three times as fast.
+    """
+    whole_vectors = g.device.type == "cpu" and g.element_size() == 4 and o % 16 == 0 and d % 16 > 0
+    return d > o and not whole_vectors
 
 
 def write_gradients(u: Tensor, g: Tensor, out: Tensor, *, wide: bool) -> None:

@@ -11,7 +11,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from ntklib.kernels.blocks import may_be_rank_one, write_gradients
+from ntklib.kernels.blocks import inputs_last, may_be_rank_one, write_gradients
 from ntklib.kernels.capture import CaptureError, Visit
 from ntklib.kernels.contract import Accumulator
 from ntklib.kernels.operations import Emission, Factor, Outer, Rows, inputs_of
@@ -99,7 +99,7 @@ def write_whole(factor: Outer, j: Tensor) -> None:
     if groups > 1:
         weight.copy_(torch.einsum("nktgo,ntgd->nkgod", g, u).flatten(2))
     else:
-        wide = d > o  # products run faster with the longer axis last
+        wide = inputs_last(o, d, g)
         write_gradients(u[:, :, 0], g[..., 0, :], weight.unflatten(2, (o, d) if wide else (d, o)), wide=wide)
     if factor.bias:
         j[..., groups * d * o :] = g.sum(2).flatten(2)
