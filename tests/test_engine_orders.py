@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import reduce_by_definition
 from test_plan import PROGRAM
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntklib.kernels import blocks, contract, empirical_ntk, evaluate, ntk_diagonal
 from ntklib.kernels.capture import CaptureError
@@ -88,6 +89,7 @@ def order(request, monkeypatch):
         monkeypatch.setattr(accumulator, "costs", lambda *_: ORDERS[request.param])
     monkeypatch.setattr(blocks, "BUDGET", 1)
     monkeypatch.setattr(contract, "_ROWS", 2)
+    monkeypatch.setattr(contract, "_BEGIN", 0)
     return request.param
 
 
@@ -167,6 +169,29 @@ def test_gradients_of_rank_one_are_recognised_and_others_are_not():
     nearly[-1, 0, 0, 0] *= 1 + 1e-9  # in the last example, so that a look at the first does not tell
     assert contract.rank_one(nearly) is None
     assert contract.rank_one(FACTORS["positions"].g[..., 0, :]) is None
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that are carried out inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+@pytest.mark.parametrize("t", [1, 2])
+def test_depthwise_convolutions_take_no_more_operations_for_more_channels(kind, t):
+    counts = []
+    for channels in (8, 64):
+        factor = Outer(normal(N, t, channels, 25), normal(N, K, t, channels, 1, seed=1))
+        sums = ACCUMULATORS[kind](N, K, None, factor.u)
+        with Counter() as counter:
+            sums.add(factor)
+        counts.append(counter.count)
+    assert counts[0] == counts[1]
 
 
 NETWORKS = ["self attention", "residual net", "modular addition transformer"]

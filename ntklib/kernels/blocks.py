@@ -148,8 +148,15 @@ def rank_one(g: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def may_be_rank_one(g: Tensor) -> bool:
-    """Whether it is worth a look: three directions at least, and the first example's gradients, first of a few channels, are it."""
-    return g.shape[1] >= 3 and all(_split(part) is not None for part in (g[:1, ..., :8], g[:1]))
+    """Whether it is worth a look: three directions at least, and the first example's gradients are it, two of them first."""
+    return g.shape[1] >= 3 and _proportional(g[0, 0], g[0, 1]) and _split(g[:1]) is not None
+
+
+def _proportional(a: Tensor, b: Tensor) -> bool:
+    """Whether ``b [t, o]`` is ``a [t, o]``, up to a factor for every channel: a quick look, with some tolerance."""
+    where = a.abs().argmax(0)[None]
+    top, beside = a.gather(0, where), b.gather(0, where)
+    return bool(((b * top - a * beside).abs() <= 1e-3 * top.abs() * b.abs().amax(0)).all())
 
 
 def _split(g: Tensor) -> tuple[Tensor, Tensor] | None:

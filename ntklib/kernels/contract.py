@@ -29,6 +29,7 @@ from ntklib.kernels.blocks import (
 from ntklib.kernels.operations import Factor, Rows
 
 _ROWS = 160  # rows of a kernel formed at a time: enough for a full-speed product, few enough for triangles
+_BEGIN = 2**19  # multiply-adds in whose time the small products of one group and example are begun
 
 
 class Accumulator(ABC):
@@ -76,7 +77,7 @@ class Accumulator(ABC):
         t, groups = u1.shape[1:3]
         if bias and (t > 1 or groups > 1):
             self.rows(*alike(lambda g: g.sum(2).flatten(2), g1, g2))
-        if groups > 1 and self.explicit(u1[:, :, 0], g1[..., 0, :]):
+        if groups > 1 and self.explicit(u1, g1):
             for j1, j2 in write_out_groups(u1, g1, u2, g2):
                 self.rows(j1, j2)
             return
@@ -84,26 +85,26 @@ class Accumulator(ABC):
             if t == 1:
                 self.single(v1[:, 0], h1[:, :, 0], v2[:, 0], h2[:, :, 0], bias and groups == 1)
             else:
-                self._positions(v1, h1, v2, h2)
+                self._positions(v1, h1, v2, h2, explicit=groups == 1 and self.explicit(u1, g1))
 
-    def _positions(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
+    def _positions(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, *, explicit: bool) -> None:
         """A factor with several positions, ``u [n, t, d]`` and ``g [n, k, t, o]``."""
         splits = alike(rank_one, g1, g2)
         if splits[0] is not None and splits[1] is not None:
             for blocks in channel_blocks(*splits[0], u1, *splits[1], u2, self.scratch):
                 self.channels(*blocks)
-            return
-        if self.explicit(u1, g1):
+        elif explicit:
             for j1, j2 in write_out(u1, g1, u2, g2, self.scratch):
                 self.rows(j1, j2)
         else:
             self.contracted(u1, g1, u2, g2)
 
     def explicit(self, u: Tensor, g: Tensor) -> bool:
-        """Whether gradients are written out, for ``u [n, t, d]`` and ``g [n, k, t, o]`` of some of the examples."""
+        """Whether gradients of each group are written out, for ``u`` and ``g`` as in ``Outer``, of some of the examples."""
         n = self.n1 if self.symmetric else self.n1 + self.n2
-        explicit, contracted = self.costs(n, self.k, u.shape[1], u.shape[2], g.shape[3])
-        return explicit <= contracted
+        explicit, contracted = self.costs(n, self.k, u.shape[1], u.shape[3], g.shape[4])
+        begin = _BEGIN * self.n1 if u.shape[2] > 1 else 0  # of several groups, gradients are written out together
+        return explicit <= contracted + begin
 
     @abstractmethod
     def rows(self, j1: Tensor, j2: Tensor) -> None:

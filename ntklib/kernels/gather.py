@@ -74,7 +74,7 @@ class Gathered:
 
     def _explicit(self, names: tuple[str, ...], u: Tensor, g: Tensor) -> bool:
         one_group = u.shape[2] == 1
-        return self.sums(names).explicit(u[:, :, 0], g[..., 0, :]) and not (one_group and may_be_rank_one(g[..., 0, :]))
+        return self.sums(names).explicit(u, g) and not (one_group and may_be_rank_one(g[..., 0, :]))
 
 
 def _like(x: Tensor, *shape: int) -> Tensor:
