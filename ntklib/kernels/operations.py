@@ -122,6 +122,9 @@ class Linear(Operation):
         yield from self._outer(u, g.reshape(n, k, -1, 1, o))
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # of a batch of images and of volumes
+
+
 @dataclass(eq=False)
 class Convolution(Operation):
     """Convolution over the last ``len(stride)`` axes, any groups; padding is a list of (before, after)."""
@@ -139,7 +142,7 @@ class Convolution(Operation):
     def _flat(self, x: Tensor, lead: int) -> Tensor:
         """Join the ``lead`` first axes to one batch axis, channels innermost in memory (the fastest layout for oneDNN)."""
         x = x.flatten(0, lead - 1)
-        return x.contiguous(memory_format=torch.channels_last) if len(self.stride) == 2 else x
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.ndim]) if x.ndim in _CHANNELS_LAST else x
 
     def _padded(self, x: Tensor) -> Tensor:
         """Inputs ``[n, *lead, channels, *space]`` as a padded batch ``[n * lead, channels, *space]``."""
@@ -313,8 +316,8 @@ def convolution(
 ) -> Convolution:
     """The operation of ``F.conv1d``, ``F.conv2d`` or ``F.conv3d`` with these arguments."""
     dims = weight.ndim - 2
-    if dims == 2:
-        weight = weight.contiguous(memory_format=torch.channels_last)
+    if weight.ndim in _CHANNELS_LAST:
+        weight = weight.contiguous(memory_format=_CHANNELS_LAST[weight.ndim])
     dilated = _tuple(dilation, dims)
     pads = convolution_padding(padding, tuple(weight.shape[2:]), dilated)
     return Convolution(weight, bias, names, stride=_tuple(stride, dims), padding=pads, dilation=dilated, groups=groups)
