@@ -122,7 +122,7 @@ def _trace(ax: Axes, preset: str) -> Panel:
     """The schedule stops the trace: the perceptron of the controls."""
     from ntklib.runs import combine
 
-    corners = {"constant rate\nno decay": ("constant", False), "cosine schedule\nweight decay": ("cosine", True)}
+    corners = {"constant rate\nno decay": ("constant", False), "cosine schedule\nno decay": ("cosine", False)}
     said, seeds = [], 0
     for i, (label, (schedule, decays)) in enumerate(corners.items()):
         mine = [r for r in _runs("trace_evolution", "N2", preset)

@@ -35,7 +35,7 @@ class Picture(ABC):
         self.figure = Figure(figsize=(COLUMN, self.height), dpi=LIVE_DPI, facecolor="white", layout=FIXED)
         self._canvas = FigureCanvasAgg(self.figure)
         self.axes: list[Axes] = list(np.atleast_1d(self.figure.subplots(1, self.columns)))
-        self.figure.subplots_adjust(left=0.085, right=0.985, bottom=0.175, top=0.96, wspace=0.05 + 0.12 * self.columns)
+        self.figure.subplots_adjust(left=0.1, right=0.985, bottom=0.175, top=0.96, wspace=0.05 + 0.12 * self.columns)
         self._ghosts: list[tuple[Line2D, Line2D]] = []
         self._moving: list[tuple[Axes, Line2D]] = []
         self._frame: Any = None  # what the kept pixels belong to
