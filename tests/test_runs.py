@@ -1,8 +1,10 @@
 """Runs are found again, resume to the same numbers, and are never half written."""
 
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -235,10 +237,17 @@ def test_a_killed_process_resumes_to_the_history_of_an_uninterrupted_one(tmp_pat
 
 @pytest.mark.slow
 def test_a_second_process_waits_for_the_first_and_reads_its_result(tmp_path):
-    first = start(tmp_path, pause=1.0)
+    first = start(tmp_path)
     first.stdout.readline()
-    second, said = lines_of(start(tmp_path))
+    first.send_signal(signal.SIGSTOP)  # however long the second takes to start, the first is at work
+    second = start(tmp_path)
+    go_on = threading.Timer(120, first.send_signal, [signal.SIGCONT])  # even if the second never says a word
+    go_on.start()
+    said = second.stderr.readline()
+    go_on.cancel()
+    first.send_signal(signal.SIGCONT)
     lines_of(first)
-    assert len(second) == 1
-    assert second[0].startswith("complete")
+    found, _ = lines_of(second)
+    assert len(found) == 1
+    assert found[0].startswith("complete")
     assert "another process is computing this run" in said
