@@ -194,6 +194,16 @@ def test_depthwise_convolutions_take_no_more_operations_for_more_channels(kind, 
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize(("t", "d", "o", "groups", "written"), [(64, 2, 2, 1, True), (2, 64, 64, 1, False), (2, 64, 64, 2, True)])
+def test_the_order_that_takes_less_is_chosen(t, d, o, groups, written, monkeypatch):
+    """Many positions and few channels, the reverse, and the reverse in groups, which are few enough to be written out together."""
+    called = []
+    for name in ("write_out", "write_out_groups"):
+        monkeypatch.setattr(contract, name, lambda *_, name=name: called.append(name) or iter(()))
+    Full(N, K, None, normal(1)).add(Outer(normal(N, t, groups, d), normal(N, K, t, groups, o, seed=1)))
+    assert called == (["write_out" + "_groups" * (groups > 1)] if written else [])
+
+
 NETWORKS = ["self attention", "residual net", "modular addition transformer"]
 SEVERAL = [
     "linear on grids",

@@ -200,6 +200,20 @@ def test_a_slider_moves_the_picture_and_reset_brings_the_first_one_back(name):
 
 
 @pytest.mark.parametrize("name", playground.INSTRUMENTS)
+def test_no_label_reaches_past_the_edge_of_the_picture(name):
+    chosen = playground.Panel(name, **start(name))
+    chosen.html()
+    figure, renderer = chosen.picture.figure, chosen.picture.figure.canvas.get_renderer()
+    for ax in figure.axes:
+        for label in (ax.xaxis.label, ax.yaxis.label):
+            if label.get_text():
+                box = label.get_window_extent(renderer)
+                assert figure.bbox.x0 + 2 <= box.x0, label.get_text()  # pixels, for what is set outside of the box
+                assert box.x1 <= figure.bbox.x1, label.get_text()
+                assert figure.bbox.y0 <= box.y0, label.get_text()
+
+
+@pytest.mark.parametrize("name", playground.INSTRUMENTS)
 def test_kept_pixels_show_what_a_fresh_picture_shows(name):
     moved = playground.Panel(name, **start(name))
     _ = moved.widget
