@@ -2,6 +2,7 @@
 
 Counted are the products of linear and convolution layers and the Gram products of other parameters; attention, embeddings,
 activations, copies and normalisation count nothing, so the floor is a little too low there. A symmetric product counts half.
+Convolutions count as plain sums of products: ways that need fewer multiplications, by tiles, can beat the floor.
 """
 
 import copy

@@ -13,8 +13,8 @@ The kernels and traces of this package beside those of other packages, on the sa
 process of its own on one thread; rounds go through all methods in turn, and the median over rounds counts. *Ratio* is the time of a
 method over ours for the same number of examples: above 1, ours is faster. *Memory* is what the process grows by during the call.
 *Errors* are relative, in the Frobenius norm, against loops over plain automatic differentiation in float64. The *floor* is the time
-that the least number of floating-point operations known to us would take at the measured speed of a large matrix product; library
-convolutions that need fewer multiplications (Winograd's) can beat it.
+that the operations of the best order of plain sums and products would take at the measured speed of a large matrix product;
+convolutions that need fewer multiplications (Winograd's), in a library or in our backward pass, can beat it.
 
 Run it yourself: `make bench`, or `python -m benchmarks --help`.
 """

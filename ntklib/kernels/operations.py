@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntklib.kernels import taps
+from ntklib.kernels import taps, winograd
 
 
 @dataclass(frozen=True)
@@ -163,27 +163,33 @@ class Convolution(Operation):
         return torch.ops.aten._unsafe_view(z, [*x.shape[:lead], *z.shape[1:]])  # not a view: may be changed in place
 
     def pull_back(self, g: Tensor) -> Tensor:
-        # the transpose of a convolution; output_padding restores the rows that a stride leaves over
+        # the transpose of a convolution
         assert self.weight is not None
-        dims, weight = len(self.stride), self.weight
-        space = self.saved.shape[-dims:]
+        space, lead = tuple(self.saved.shape[-len(self.stride) :]), g.ndim - len(self.stride) - 1
+        flat, before = self._flat(g, lead), tuple(before for before, _ in self.padding)
+        tiled = winograd.fits(self.weight, self.stride, before, self.dilation, self.groups)
+        if tiled and winograd.worthwhile(flat, self.weight, space, before):
+            out = winograd.transposed(flat, self.weight, space, before)
+        elif taps.worthwhile(flat, self.weight, self.groups):
+            out = taps.transposed(flat, self.weight, space, self.stride, before, self.dilation)
+        else:
+            out = self._transposed(flat, self.weight, space)
+        return out.unflatten(0, g.shape[:lead])
+
+    def _transposed(self, g: Tensor, weight: Tensor, space: tuple[int, ...]) -> Tensor:
+        """By the library; output_padding restores the rows that a stride leaves over."""
+        dims = len(self.stride)
         inside = tuple(min(pair) for pair in self.padding)  # the rest is cut off below
-        sizes = zip(space, g.shape[-dims:], self.stride, self._kernel, self.dilation, self.padding, strict=True)
+        sizes = zip(space, g.shape[2:], self.stride, self._kernel, self.dilation, self.padding, strict=True)
         full = [(h + sum(p), (t - 1) * s + (k - 1) * d + 1) for h, t, s, k, d, p in sizes]
         rest = tuple(h - reached for h, reached in full)
         transpose: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        lead = g.ndim - dims - 1
-        flat = self._flat(g, lead)
-        if taps.worthwhile(flat, weight, self.groups):
-            before = tuple(before for before, _ in self.padding)
-            return taps.transposed(flat, weight, tuple(space), self.stride, before, self.dilation).unflatten(0, g.shape[:lead])
         if all(before == after for before, after in self.padding):
-            out = transpose(flat, weight, None, self.stride, inside, rest, self.groups, self.dilation)
-        else:
-            out = transpose(flat, weight, None, self.stride, 0, rest, self.groups, self.dilation)
-            for axis, ((before, _), h) in enumerate(zip(self.padding, space, strict=True)):
-                out = out.narrow(2 + axis, before, h)
-        return out.unflatten(0, g.shape[:lead])
+            return transpose(g, weight, None, self.stride, inside, rest, self.groups, self.dilation)
+        out = transpose(g, weight, None, self.stride, 0, rest, self.groups, self.dilation)
+        for axis, ((before, _), h) in enumerate(zip(self.padding, space, strict=True)):
+            out = out.narrow(2 + axis, before, h)
+        return out
 
     def _patches(self, inputs: Tensor) -> Tensor:
         """What each output position sees of the inputs ``[n, *lead, channels, *space]``: ``[n, t, groups, d]``.

@@ -1,0 +1,122 @@
+r"""The transpose of a convolution of 3 x 3 taps with a quarter of the multiplications, by tiles (Winograd's minimal filtering).
+
+Along one axis four sums :math:`y_i = \sum_a d_{i+a} g_a` over three taps take 6 products in place of 12: polynomials are multiplied
+by their values at 6 points,
+
+.. math:: y = A^\top \left( (G g) \odot (B^\top d) \right),
+
+and along two axes 36 in place of 144 (Lavin and Gray 2016, arXiv:1509.09308v2). Here the transforms of all tiles are matrix
+products with the Kronecker squares of A, G and B, so that the points may be any. At 0, 2/3, -2/3, 3/2, -3/2 and infinity the
+rounding error is about twice that of the library's own convolution; at the customary 0, 1, -1, 2, -2 and infinity it is four times
+as large.
+"""
+
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ntklib.kernels.blocks import Scratch
+
+_POINTS = np.array([0, 2 / 3, -2 / 3, 3 / 2, -3 / 2])  # beside infinity
+_SUMS, _TAPS = 4, 3  # of an axis
+_SIZE = _SUMS + _TAPS - 1  # positions that a tile sees of an axis
+_PRODUCTS = _SIZE**2
+# times, in those of a multiply-add of a matrix product
+_MOVE, _MOVE_SHARED = 32, 64  # to move a number of a tile, on one thread and on several
+_PREPARE = 100  # to prepare a number of the taps
+_LIBRARY = {torch.float32: 0.85, torch.float64: 1.6}  # of a multiply-add in the library's convolution
+
+
+@lru_cache
+def transforms(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Kronecker squares of :math:`A^\top`, G and :math:`B^\top`: ``[16, 36]``, ``[36, 9]`` and ``[36, 36]``."""
+    scale = np.array([np.prod([p - q for q in _POINTS if q != p]) for p in _POINTS] + [1.0])[:, None]
+
+    def values(count: int) -> NDArray[np.float64]:
+        """Powers 0 to count - 1 of the points; at infinity the last one counts."""
+        return np.vstack([np.vander(_POINTS, count, increasing=True), np.eye(count)[-1:]])
+
+    each = values(_SUMS).T, values(_TAPS) / scale, np.linalg.inv(values(_SIZE)).T * scale
+    a, g, b = (torch.from_numpy(np.kron(m, m)).to(dtype) for m in each)
+    return a, g, b
+
+
+def fits(weight: Tensor, stride: tuple[int, ...], before: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> bool:
+    """Whether ``transposed`` is the gradient of a convolution with these arguments."""
+    return weight.shape[2:] == (_TAPS, _TAPS) and groups == 1 and {*stride, *dilation} == {1} and max(before) < _TAPS
+
+
+def worthwhile(g: Tensor, weight: Tensor, space: tuple[int, ...], before: tuple[int, ...]) -> bool:
+    """Whether ``transposed`` is expected to be faster than the library.
+
+    On a CPU only: a GPU's library has such ways of its own.
+    """
+    if g.device.type != "cpu" or g.dtype not in _LIBRARY:
+        return False
+    o, i = weight.shape[:2]
+    reached = prod(_reached(h, t, p) for h, t, p in zip(space, g.shape[2:], before, strict=True))
+    tiles = prod(-(-h // _SUMS) for h in space)
+    move = _MOVE if torch.get_num_threads() == 1 else _MOVE_SHARED
+    each = _PRODUCTS * o + o * i + _SUMS**2 * i + move * (o + i)  # for one of the products of a tile
+    ours = _PRODUCTS * (len(g) * tiles * each + _PREPARE * o * i)
+    return 1.1 * ours < _LIBRARY[g.dtype] * len(g) * reached * o * i
+
+
+def _reached(inputs: int, outputs: int, before: int) -> int:
+    """Pairs of a position and a tap of one axis that do not fall on the padding."""
+    return sum(max(0, min(inputs, outputs + a - before) - max(0, a - before)) for a in range(_TAPS))
+
+
+def transposed(g: Tensor, weight: Tensor, space: tuple[int, ...], before: tuple[int, ...]) -> Tensor:
+    r"""Gradient with respect to the input of a convolution of 3 x 3 taps without stride, dilation and groups.
+
+    .. math:: h_{b,i,y} = \sum_a \sum_o g_{b,o,y+p-a} \, w_{o,i,a}
+
+    Args:
+        g: Gradient with respect to the output, ``[b, o, *positions]``.
+        weight: Weight, ``[o, i, 3, 3]``.
+        space: Shape of the input's positions y.
+        before: Padding p before the first position of each axis, at most 2.
+
+    Returns:
+        ``[b, i, *space]``, channels innermost in memory.
+    """
+    (b, o), i = g.shape[:2], weight.shape[1]
+    to_sums, to_values, to_products = transforms(g.dtype)
+    taps = (to_values @ weight.flip(2, 3).permute(2, 3, 0, 1).reshape(_TAPS**2, -1)).view(-1, o, i)
+    down, across = (-(-h // _SUMS) for h in space)
+    blocks = -(-b * down * across // max(8192 // max(o, i), i // 3))  # a block stays in cache, and is worth reading the taps
+    size = -(-b // min(b, blocks))
+    padded = g.new_zeros(size, _SUMS * down + _TAPS - 1, _SUMS * across + _TAPS - 1, o)
+    out, (one, two) = g.new_empty(b, *space, i), (Scratch(g), Scratch(g))
+    for start in range(0, b, size):
+        part = g[start : start + size].movedim(1, -1)
+        count, area = len(part), len(part) * down * across
+        _place(padded[:count], part, tuple(_TAPS - 1 - p for p in before))
+        tiles = _tiles(padded[:count], down, across)
+        gathered = one(*tiles.shape).copy_(tiles).view(_PRODUCTS, -1)
+        values = torch.mm(to_products, gathered, out=two(_PRODUCTS, area * o)).view(_PRODUCTS, area, o)
+        products = torch.bmm(values, taps, out=one(_PRODUCTS, area, i)).view(_PRODUCTS, -1)
+        sums = torch.mm(to_sums, products, out=two(_SUMS**2, area * i)).view(_SUMS, _SUMS, count, down, across, i)
+        images = sums.permute(2, 3, 0, 4, 1, 5)  # [count, down, 4, across, 4, i]
+        whole = images.reshape(count, _SUMS * down, _SUMS * across, i) if any(h % _SUMS for h in space) else images
+        mine = out[start : start + count]
+        mine.view(whole.shape).copy_(whole) if whole is images else mine.copy_(whole[:, : space[0], : space[1]])
+    return out.movedim(-1, 1)
+
+
+def _place(padded: Tensor, g: Tensor, before: tuple[int, ...]) -> None:
+    """Copy ``[b, *positions, o]`` behind zeros, as far as there is room."""
+    room = padded[:, before[0] : before[0] + g.shape[1], before[1] : before[1] + g.shape[2]]
+    room.copy_(g[:, : room.shape[1], : room.shape[2]])
+
+
+def _tiles(padded: Tensor, down: int, across: int) -> Tensor:
+    """Overlapping tiles of ``[b, rows, columns, o]``, without copying: ``[6, 6, b, down, across, o]``."""
+    batch, row, column, channel = padded.stride()
+    shape = (_SIZE, _SIZE, len(padded), down, across, padded.shape[-1])
+    return padded.as_strided(shape, (row, column, batch, _SUMS * row, _SUMS * column, channel), padded.storage_offset())
