@@ -14,7 +14,7 @@ process of its own on one thread; rounds go through all methods in turn, and the
 method over ours for the same number of examples: above 1, ours is faster. *Memory* is what the process grows by during the call.
 *Errors* are relative, in the Frobenius norm, against loops over plain automatic differentiation in float64. The *floor* is the time
 that the operations of the best order of plain sums and products would take at the measured speed of a large matrix product;
-convolutions that need fewer multiplications (Winograd's), in a library or in our backward pass, can beat it.
+convolutions that need fewer multiplications (Winograd's), in a library or in our passes, can beat it.
 
 Run it yourself: `make bench`, or `python -m benchmarks --help`.
 """

@@ -8,8 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ntklib import empirical_ntk
+from ntklib import empirical_ntk, ntk_diagonal, ntk_trace
 from ntklib.kernels import winograd
+from ntklib.kernels.blocks import Scratch
+from ntklib.kernels.contract import ACCUMULATORS
+from ntklib.kernels.operations import convolution
 from ntklib.random import stream
 
 AXIS = st.tuples(st.integers(1, 9), st.integers(0, 2), st.integers(0, 3))  # positions, padding before and after
@@ -109,3 +112,120 @@ def test_pairs_of_positions_and_taps_off_the_padding_are_counted():
         outputs = inputs + before + after - 2
         pairs = [(q, a) for q in range(outputs) for a in range(3) if 0 <= q + a - before < inputs]
         assert winograd._reached(inputs, outputs, before) == len(pairs)
+
+
+def operation(c, o, padding, bias=True):
+    """A convolution of 3 x 3 taps, its weight and bias wanted."""
+    b = torch.zeros(o, dtype=torch.float64) if bias else None
+    return convolution(weights(o, c), b, ("layer.weight", "layer.bias" if bias else None), 1, padding, 1, 1)
+
+
+def factor_of(n, k, c, o, size, padding=1, images=1, dtype=torch.float64, rank_one=False):
+    """The factor of random inputs and output gradients."""
+    generator = stream(0, "winograd factor")
+    op = operation(c, o, padding)
+    op.saved = torch.randn(n, images, c, *size, generator=generator, dtype=torch.float64).to(dtype)
+    positions = [length + 2 * padding - 2 for length in size]
+    shape = (1, n, images, o, *positions) if rank_one else (k, n, images, o, *positions)
+    g = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    g = g * torch.randn(k, 1, 1, o, 1, 1, generator=generator, dtype=torch.float64).to(dtype) if rank_one else g
+    return next(iter(op.factors(g)))[1]
+
+
+@settings(deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    padding=st.integers(1, 2),
+    images=st.integers(1, 2),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20)),
+)
+def test_gradients_by_tiles_are_sums_over_positions(size, padding, images, shape):
+    n, k, c, o = shape
+    factor = factor_of(n, k, c, o, size, padding, images)
+    x = torch.nn.functional.pad(factor.source, [padding] * 4)
+    g = factor.g[..., 0, :].unflatten(2, (images, *factor.images.positions))  # [n, k, l, rows, columns, o]
+    rows, columns = factor.images.positions
+    expected = torch.stack(
+        [torch.einsum("nklyxo,nlcyx->nkoc", g, x[..., a : a + rows, b : b + columns]) for a, b in product(range(3), range(3))],
+        2,
+    )  # [n, k, 9, o, c]
+    blocks = [
+        j.clone().unflatten(3, (-1, c)) for j in winograd.write_out(factor.source, factor.g[..., 0, :], factor.images, Scratch(g))
+    ]
+    torch.testing.assert_close(torch.cat(blocks, 3), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+@pytest.mark.parametrize("n1", [None, 2])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+def test_every_reduction_is_the_same_by_tiles(kind, n1, size, monkeypatch):
+    if n1 is not None and kind in ("blocks", "norms"):
+        n1 = 3  # pairs of example n and n
+    factor = factor_of(6, 3, 4, 24, size)
+    calls, plain, found = [], winograd.write_out, []
+    monkeypatch.setattr(winograd, "write_out", lambda *args: calls.append(args) or plain(*args))
+    for used in (True, False):
+        monkeypatch.setattr(winograd, "gradients_worthwhile", lambda *_, used=used: used)
+        sums = ACCUMULATORS[kind](6, 3, n1, factor.g)
+        monkeypatch.setattr(sums, "costs", lambda *_: (0.0, 1.0))
+        sums.add(factor)
+        found.append(sums.result().clone())
+    assert len(calls) == 1
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("reason", ["dearer", "rank one", "unused positions"])
+def test_gradients_are_not_written_out_where_another_order_is_cheaper(reason, monkeypatch):
+    factor = factor_of(6, 3, 4, 24, (8, 8), rank_one=reason == "rank one")
+    if reason == "unused positions":
+        factor.g[:, :, 8:] = 0
+    monkeypatch.setattr(winograd, "gradients_worthwhile", lambda *_: True)
+    monkeypatch.setattr(winograd, "write_out", lambda *_: pytest.fail("written out by tiles"))
+    sums, plain = ACCUMULATORS[None](6, 3, None, factor.g), ACCUMULATORS[None](6, 3, None, factor.g)
+    monkeypatch.setattr(sums, "costs", lambda *_: (1.0, 0.0) if reason == "dearer" else (0.0, 1.0))
+    sums.add(factor)
+    monkeypatch.setattr(plain, "_in_tiles", lambda *_: False)
+    plain.add(factor)
+    torch.testing.assert_close(sums.result(), plain.result(), rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_go_by_tiles_where_there_are_many_positions():
+    many, few = factor_of(2, 10, 64, 64, (32, 32), dtype=torch.float32), factor_of(2, 10, 64, 64, (8, 8), dtype=torch.float32)
+    narrow = factor_of(2, 10, 3, 64, (32, 32), dtype=torch.float32)
+    for factor, worthwhile in ((many, True), (few, False), (narrow, False)):
+        assert winograd.gradients_worthwhile(factor.source, factor.g[..., 0, :], factor.images) == worthwhile
+    assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].to("meta"), many.images)
+    assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].bfloat16(), many.images)
+    thousands = many.g[:1, :1, ..., 0, :].expand(10**4, 10, -1, -1)
+    assert not winograd.gradients_worthwhile(many.source[:1].expand(10**4, -1, -1, -1, -1), thousands, many.images)  # no room
+
+
+def test_gradients_in_single_precision_are_as_exact_as_the_sums():
+    factor = factor_of(1, 2, 64, 64, (32, 32))
+    single = factor_of(1, 2, 64, 64, (32, 32), dtype=torch.float32)
+
+    def gradients(some):
+        blocks = winograd.write_out(some.source, some.g[..., 0, :], some.images, Scratch(some.g))
+        return torch.cat([j.clone().double() for j in blocks], 3)
+
+    exact = gradients(factor)
+    assert float((gradients(single) - exact).norm() / exact.norm()) < 10 * torch.finfo(torch.float32).eps
+
+
+def test_all_kernels_are_the_same_whether_gradients_go_by_tiles_or_not(monkeypatch):
+    torch.manual_seed(0)
+    convolutions = [torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 3, 3, padding=1, bias=False)]
+    net = torch.nn.Sequential(*convolutions, torch.nn.Tanh(), torch.nn.AvgPool2d(2), torch.nn.Flatten(), torch.nn.LazyLinear(2))
+    net = net.double()
+    x = torch.randn(3, 2, 8, 9, dtype=torch.float64)
+    net(x)
+    calls, plain, found = [], winograd.write_out, []
+    monkeypatch.setattr(winograd, "write_out", lambda *args: calls.append(args) or plain(*args))
+    for used in (True, False):
+        calls.clear()
+        monkeypatch.setattr(winograd, "gradients_worthwhile", lambda *_, used=used: used)
+        whole = empirical_ntk(net, x), empirical_ntk(net, x[:1], x[1:]), empirical_ntk(net, x, chunk_size=2)
+        found.append([*whole, empirical_ntk(net, x, reduce="trace"), ntk_diagonal(net, x), torch.tensor(ntk_trace(net, x).mean)])
+        assert bool(calls) == used
+    for by_tiles, by_sums in zip(*found, strict=True):
+        torch.testing.assert_close(by_tiles, by_sums, rtol=1e-11, atol=1e-11)

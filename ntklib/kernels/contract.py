@@ -15,18 +15,20 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ntklib.kernels import winograd
 from ntklib.kernels.blocks import (
     Scratch,
     alike,
     block_slices,
     channel_blocks,
+    may_be_rank_one,
     mirror,
     rank_one,
     used_positions,
     write_out,
     write_out_groups,
 )
-from ntklib.kernels.operations import Factor, Rows
+from ntklib.kernels.operations import Factor, Outer, Rows
 
 _ROWS = 160  # rows of a kernel formed at a time: enough for a full-speed product, few enough for triangles
 _BEGIN = 2**19  # multiply-adds in whose time the small products of one group and example are begun
@@ -65,8 +67,25 @@ class Accumulator(ABC):
         if isinstance(factor, Rows):
             self.rows(*self._sets(factor.j.to(dtype)))
             return
+        if factor.images is not None and factor.source is not None and self._in_tiles(factor, factor.source, factor.images):
+            return
         (u1, u2), (g1, g2) = self._sets(factor.u.to(dtype)), self._sets(factor.g.to(dtype))
         self._outer(*_used(u1, g1, u2, g2), bias=factor.bias)
+
+    def _in_tiles(self, factor: Outer, source: Tensor, images: winograd.Images) -> bool:
+        """Whether the gradients of a convolution were written out by tiles, and added."""
+        dtype = self.total.dtype
+        x, g = source.reshape(len(source), -1, *source.shape[-3:]).to(dtype), factor.g[..., 0, :].to(dtype)
+        sizes = x.shape[2] * winograd.TAPS, g.shape[3]
+        if not winograd.gradients_worthwhile(x, g, images) or not self._cheaper_explicit(g.shape[2], *sizes):
+            return False
+        if may_be_rank_one(g) or used_positions(g) is not None:
+            return False
+        if factor.bias:
+            self.rows(*self._sets(g.sum(2)))
+        for j in winograd.write_out(x, g, images, self.scratch):
+            self.rows(*self._sets(j.flatten(2)))
+        return True
 
     def _sets(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Parts of the two sets; the same tensor twice where there is one set."""
@@ -101,9 +120,12 @@ class Accumulator(ABC):
 
     def explicit(self, u: Tensor, g: Tensor) -> bool:
         """Whether gradients of each group are written out, for ``u`` and ``g`` as in ``Outer``, of some of the examples."""
-        n = self.n1 if self.symmetric else self.n1 + self.n2
-        explicit, contracted = self.costs(n, self.k, u.shape[1], u.shape[3], g.shape[4])
         begin = _BEGIN * self.n1 if u.shape[2] > 1 else 0  # of several groups, gradients are written out together
+        return self._cheaper_explicit(u.shape[1], u.shape[3], g.shape[4], begin)
+
+    def _cheaper_explicit(self, t: int, d: int, o: int, begin: int = 0) -> bool:
+        n = self.n1 if self.symmetric else self.n1 + self.n2
+        explicit, contracted = self.costs(n, self.k, t, d, o)
         return explicit <= contracted + begin
 
     @abstractmethod

@@ -7,7 +7,8 @@ output directions that are pulled back at once. Factors are example-major, ``[n,
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,20 +23,31 @@ class Outer:
     """Per-example gradients J[n,k,g,o,d] = sum_t G[n,k,t,g,o] U[n,t,g,d] of a weight.
 
     Attributes:
-        u: Inputs, ``[n, t, groups, d]``.
+        given: U, ``[n, t, groups, d]``; None if it is made from ``source`` when it is needed.
         g: Gradients of the outputs, ``[n, k, t, groups, o]``.
         bias: Whether the bias of the same operation counts too (its U is 1).
-        source: What U was made from and can be made from again, ``[n, ...]``; None for U itself.
+        source: What U can be made from, ``[n, ...]``; None for U itself.
         remake: Makes U from ``source``, or from rows of it.
         relative: Whether the last axis of U counts what occurs in this pass, so that U of two passes must be made by ``remake``.
+        images: Of a convolution that goes by tiles, where the positions of ``source`` and ``g`` are.
     """
 
-    u: Tensor
+    given: Tensor | None
     g: Tensor
     bias: bool = False
     source: Tensor | None = None
     remake: Callable[[Tensor], Tensor] | None = None
     relative: bool = False
+    images: winograd.Images | None = None
+
+    @cached_property
+    def u(self) -> Tensor:
+        """Inputs, ``[n, t, groups, d]``."""
+        if self.given is None:
+            assert self.remake is not None
+            assert self.source is not None
+            return self.remake(self.source)
+        return self.given
 
 
 def inputs_of(factor: Outer) -> Tensor:
@@ -83,17 +95,16 @@ class Operation(ABC):
     def factors(self, g: Tensor) -> Iterator[Emission]:
         """Factors of the wanted parameters' Jacobian."""
 
-    def _outer(self, u: Tensor, g: Tensor, remake: Callable[[Tensor], Tensor] | None = None) -> Iterator[Emission]:
-        """Factors of a weight and a bias that act alike at every position t."""
+    def _outer(self, factor: Outer) -> Iterator[Emission]:
+        """Factors of a weight and a bias that act alike at every position t, from that of the weight."""
         weight, bias = self.names
-        source = self.saved if remake is not None else None
         if weight is not None and bias is not None and same_owner(weight, bias):
-            yield (weight, bias), Outer(u, g, bias=True, source=source, remake=remake)
+            yield (weight, bias), replace(factor, bias=True)
             return
         if weight is not None:
-            yield (weight,), Outer(u, g, source=source, remake=remake)
+            yield (weight,), factor
         if bias is not None:
-            yield (bias,), Rows(g.sum(2).flatten(2))
+            yield (bias,), Rows(factor.g.sum(2).flatten(2))
 
 
 def same_owner(a: str, b: str) -> bool:
@@ -119,7 +130,7 @@ class Linear(Operation):
         g = _examples_first(g)
         n, k, o = len(g), g.shape[1], g.shape[-1]
         u = self.saved.reshape(n, -1, 1, self.saved.shape[-1])
-        yield from self._outer(u, g.reshape(n, k, -1, 1, o))
+        yield from self._outer(Outer(u, g.reshape(n, k, -1, 1, o)))
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # of a batch of images and of volumes
@@ -211,12 +222,12 @@ class Convolution(Operation):
     def factors(self, g: Tensor) -> Iterator[Emission]:
         dims = len(self.stride)
         g = _examples_first(g)
-        n, k = g.shape[:2]
+        (n, k), positions, before = g.shape[:2], tuple(g.shape[-dims:]), tuple(before for before, _ in self.padding)
         g = g.movedim(-dims - 1, -1).reshape(n, k, -1, self.groups, g.shape[-dims - 1] // self.groups)
-        if self.names[0] is None:
-            yield from self._outer(g, g)
-        else:
-            yield from self._outer(self._patches(self.saved), g, self._patches)
+        assert self.weight is not None
+        tiled = winograd.fits(self.weight, self.stride, before, self.dilation, self.groups)
+        images = winograd.Images(before, positions) if tiled else None
+        yield from self._outer(Outer(None, g, source=self.saved, remake=self._patches, images=images))
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
-r"""The transpose of a convolution of 3 x 3 taps with a quarter of the multiplications, by tiles (Winograd's minimal filtering).
+r"""Convolutions of 3 x 3 taps with a quarter of the multiplications, by tiles (Winograd's minimal filtering).
 
-Along one axis four sums :math:`y_i = \sum_a d_{i+a} g_a` over three taps take 6 products in place of 12: polynomials are multiplied
-by their values at 6 points,
+Along one axis four sums :math:`y_i = \sum_a d_{i+a} g_a` over three taps, or three over four, take 6 products in place of 12:
+polynomials are multiplied by their values at 6 points,
 
 .. math:: y = A^\top \left( (G g) \odot (B^\top d) \right),
 
@@ -11,6 +11,8 @@ rounding error is about twice that of the library's own convolution; at the cust
 as large.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
@@ -19,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ntklib.kernels.blocks import Scratch
+from ntklib.kernels.blocks import BUDGET, Scratch
 
 _POINTS = np.array([0, 2 / 3, -2 / 3, 3 / 2, -3 / 2])  # beside infinity
-_SUMS, _TAPS = 4, 3  # of an axis
+_SUMS, _TAPS = 4, 3  # positions of a tile, and taps, of an axis
+TAPS = _TAPS**2
 _SIZE = _SUMS + _TAPS - 1  # positions that a tile sees of an axis
 _PRODUCTS = _SIZE**2
 # times, in those of a multiply-add of a matrix product
@@ -32,21 +35,40 @@ _LIBRARY = {torch.float32: 0.85, torch.float64: 1.6}  # of a multiply-add in the
 
 
 @lru_cache
-def transforms(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Kronecker squares of :math:`A^\top`, G and :math:`B^\top`: ``[16, 36]``, ``[36, 9]`` and ``[36, 36]``."""
+def transforms(outputs: int, taps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Kronecker squares of :math:`A^\top`, G and :math:`B^\top`: ``[outputs^2, 36]``, ``[36, taps^2]`` and ``[36, 36]``.
+
+    Args:
+        outputs: Sums along an axis.
+        taps: Entries of each, 7 - outputs.
+        dtype: Of the result.
+    """
     scale = np.array([np.prod([p - q for q in _POINTS if q != p]) for p in _POINTS] + [1.0])[:, None]
 
     def values(count: int) -> NDArray[np.float64]:
         """Powers 0 to count - 1 of the points; at infinity the last one counts."""
         return np.vstack([np.vander(_POINTS, count, increasing=True), np.eye(count)[-1:]])
 
-    each = values(_SUMS).T, values(_TAPS) / scale, np.linalg.inv(values(_SIZE)).T * scale
+    each = values(outputs).T, values(taps) / scale, np.linalg.inv(values(_SIZE)).T * scale
     a, g, b = (torch.from_numpy(np.kron(m, m)).to(dtype) for m in each)
     return a, g, b
 
 
+@dataclass(frozen=True)
+class Images:
+    """Which positions of the outputs are those of images, of a convolution that ``fits``.
+
+    Attributes:
+        before: Padding before the first position of each axis.
+        positions: Positions of each axis.
+    """
+
+    before: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
 def fits(weight: Tensor, stride: tuple[int, ...], before: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> bool:
-    """Whether ``transposed`` is the gradient of a convolution with these arguments."""
+    """Whether a convolution with these arguments goes by tiles, ``transposed`` and ``write_out``."""
     return weight.shape[2:] == (_TAPS, _TAPS) and groups == 1 and {*stride, *dilation} == {1} and max(before) < _TAPS
 
 
@@ -60,10 +82,13 @@ def worthwhile(g: Tensor, weight: Tensor, space: tuple[int, ...], before: tuple[
     o, i = weight.shape[:2]
     reached = prod(_reached(h, t, p) for h, t, p in zip(space, g.shape[2:], before, strict=True))
     tiles = prod(-(-h // _SUMS) for h in space)
-    move = _MOVE if torch.get_num_threads() == 1 else _MOVE_SHARED
-    each = _PRODUCTS * o + o * i + _SUMS**2 * i + move * (o + i)  # for one of the products of a tile
+    each = _PRODUCTS * o + o * i + _SUMS**2 * i + _move() * (o + i)  # for one of the products of a tile
     ours = _PRODUCTS * (len(g) * tiles * each + _PREPARE * o * i)
     return 1.1 * ours < _LIBRARY[g.dtype] * len(g) * reached * o * i
+
+
+def _move() -> int:
+    return _MOVE if torch.get_num_threads() == 1 else _MOVE_SHARED
 
 
 def _reached(inputs: int, outputs: int, before: int) -> int:
@@ -86,8 +111,8 @@ def transposed(g: Tensor, weight: Tensor, space: tuple[int, ...], before: tuple[
         ``[b, i, *space]``, channels innermost in memory.
     """
     (b, o), i = g.shape[:2], weight.shape[1]
-    to_sums, to_values, to_products = transforms(g.dtype)
-    taps = (to_values @ weight.flip(2, 3).permute(2, 3, 0, 1).reshape(_TAPS**2, -1)).view(-1, o, i)
+    to_sums, to_values, to_products = transforms(_SUMS, _TAPS, g.dtype)
+    taps = (to_values @ weight.flip(2, 3).permute(2, 3, 0, 1).reshape(TAPS, -1)).view(-1, o, i)
     down, across = (-(-h // _SUMS) for h in space)
     blocks = -(-b * down * across // max(8192 // max(o, i), i // 3))  # a block stays in cache, and is worth reading the taps
     size = -(-b // min(b, blocks))
@@ -120,3 +145,64 @@ def _tiles(padded: Tensor, down: int, across: int) -> Tensor:
     batch, row, column, channel = padded.stride()
     shape = (_SIZE, _SIZE, len(padded), down, across, padded.shape[-1])
     return padded.as_strided(shape, (row, column, batch, _SUMS * row, _SUMS * column, channel), padded.storage_offset())
+
+
+def gradients_worthwhile(x: Tensor, g: Tensor, images: Images) -> bool:
+    """Whether ``write_out`` is expected to be faster than plain products, and a block of it has its place."""
+    if g.device.type != "cpu" or g.dtype not in _LIBRARY or not _channels(x, g):
+        return False
+    (k, t, o), c = g.shape[1:], x.shape[-3]
+    tiles = t // prod(images.positions) * prod(-(-h // _SUMS) for h in images.positions)
+    inputs = tiles * c * _PRODUCTS
+    each = tiles * o * _SUMS**2 + tiles * o * c + TAPS * o * c + _move() * o * (tiles + c)  # for one of the products of a tile
+    return 1.1 * (inputs + k * each) * _PRODUCTS < k * t * TAPS * o * c
+
+
+def _channels(x: Tensor, g: Tensor) -> int:
+    """Output channels of a block: what they are made from stays in cache, and their gradients within ``BUDGET``."""
+    (n, k, t, o), c = g.shape, x.shape[-3]
+    most = min(20480 // (k * max(t // _SUMS**2, c)), BUDGET // (n * k * TAPS * c * g.element_size()))
+    return min(o, max(16, most) // 8 * 8) if most >= 8 else 0
+
+
+def write_out(x: Tensor, g: Tensor, images: Images, scratch: Scratch) -> Iterator[Tensor]:
+    r"""Gradients of the weight in blocks of output channels, ``[n, k, 9, block * c]``, each written over the one before it.
+
+    .. math:: J_{ik,aoc} = \sum_{l,\tau} g_{ikl\tau o} \, x_{ilc,\tau+a-p}
+
+    Args:
+        x: Inputs, ``[n, l, c, *space]``.
+        g: Gradients with respect to the output, ``[n, k, l * positions, o]``.
+        images: Padding p, and positions tau.
+        scratch: Memory for the blocks.
+    """
+    n, k, _, o = g.shape
+    step, c = _channels(x, g), x.shape[2]
+    for i in range(0, o, step):
+        part = g[..., i : i + step].unflatten(2, (x.shape[1], *images.positions))
+        j = scratch(n, k, TAPS, part.shape[-1] * c)
+        _write(x.movedim(2, -1), part, j, images.before)
+        yield j
+
+
+def _write(x: Tensor, g: Tensor, out: Tensor, before: tuple[int, ...]) -> None:
+    """A block, from ``x [n, l, *space, c]`` and ``g [n, k, l, *positions, o]``, one example after the other."""
+    (k, count, rows, columns, o), c = g.shape[1:], x.shape[-1]
+    to_sums, to_values, to_products = transforms(_TAPS, _SUMS, g.dtype)
+    down, across = -(-rows // _SUMS), -(-columns // _SUMS)
+    area, one, two, three = count * down * across, Scratch(g), Scratch(g), Scratch(g)
+    padded = x.new_zeros(count, _SUMS * down + _TAPS - 1, _SUMS * across + _TAPS - 1, c)
+    whole = g.new_zeros(k, count, _SUMS * down, _SUMS * across, o) if rows % _SUMS or columns % _SUMS else None
+    tiles = _tiles(padded, down, across)
+    for x_i, g_i, out_i in zip(x, g, out, strict=True):
+        _place(padded, x_i, before)
+        gathered = one(*tiles.shape).copy_(tiles).view(_PRODUCTS, -1)
+        inputs = torch.mm(to_products, gathered, out=three(_PRODUCTS, area * c)).view(_PRODUCTS, area, c)
+        if whole is not None:
+            whole[:, :, :rows, :columns] = g_i
+        parts = (g_i if whole is None else whole).unflatten(3, (across, _SUMS)).unflatten(2, (down, _SUMS))
+        parts = parts.permute(3, 5, 1, 2, 4, 0, 6)  # [4, 4, l, down, across, k, o]
+        gathered = one(*parts.shape).copy_(parts).view(_SUMS**2, -1)
+        values = torch.mm(to_values, gathered, out=two(_PRODUCTS, area * k * o)).view(_PRODUCTS, area, k * o)
+        products = torch.bmm(values.mT, inputs, out=one(_PRODUCTS, k * o, c)).view(_PRODUCTS, k, o * c)
+        torch.bmm(to_sums.expand(k, -1, -1), products.transpose(0, 1), out=out_i)
