@@ -42,11 +42,13 @@ def test_the_transpose_by_tiles_is_the_gradient_of_the_convolution(axes, channel
     torch.testing.assert_close(winograd.transposed(g, w, size, before), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("images", [1, 2, 5])
-def test_images_are_worked_on_a_few_at_a_time(images):
-    w = weights(64, 64)  # two images of 64 tiles in a block: the last of five is alone
-    g, expected = gradient((images, 64, 32, 32), w, (1, 1), (1, 1))
-    found = winograd.transposed(g, w, (32, 32), (1, 1))
+@pytest.mark.parametrize(
+    ("images", "space"), [(1, (32, 32)), (2, (32, 32)), (5, (32, 32)), (2, (80, 76)), (1, (79, 75)), (1, (5, 1200))]
+)
+def test_images_are_worked_on_a_few_at_a_time(images, space):
+    w = weights(64, 64)  # a block has 128 tiles: two small images, so that the last of five is alone, or some rows of a large one
+    g, expected = gradient((images, 64, *space), w, (1, 1), (1, 1))
+    found = winograd.transposed(g, w, space, (1, 1))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
@@ -96,6 +98,15 @@ def test_tiles_are_used_in_the_wide_blocks_of_a_residual_net(channels, side, dty
     assert not winograd.worthwhile(g.to("meta"), w, (side, side), (1, 1))
     assert not winograd.worthwhile(g.bfloat16(), w.bfloat16(), (side, side), (1, 1))
     assert not winograd.worthwhile(g[:, :16], w[:16, :16], (side, side), (1, 1))
+
+
+def test_narrow_tiles_are_used_where_an_image_stays_in_cache(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    w = torch.empty(64, 64, 3, 3)
+    for side, used in ((32, True), (112, False)):
+        assert winograd.worthwhile(torch.empty(160, 64, side, side), w, (side, side), (1, 1)) == used
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert not winograd.worthwhile(torch.empty(160, 64, 32, 32), w, (32, 32), (1, 1))
 
 
 def test_only_plain_convolutions_of_three_by_three_taps_go_by_tiles():

@@ -28,8 +28,9 @@ _SUMS, _TAPS = 4, 3  # positions of a tile, and taps, of an axis
 TAPS = _TAPS**2
 _SIZE = _SUMS + _TAPS - 1  # positions that a tile sees of an axis
 _PRODUCTS = _SIZE**2
+_CACHE = 8192  # numbers of a product of tiles that are worked on at a time
 # times, in those of a multiply-add of a matrix product
-_MOVE, _MOVE_SHARED = 32, 64  # to move a number of a tile, on one thread and on several
+_MOVE, _MOVE_FAR = 32, 64  # to move a number of a tile, and one of a large image or by several threads
 _PREPARE = 100  # to prepare a number of the taps
 _LIBRARY = {torch.float32: 0.85, torch.float64: 1.6}  # of a multiply-add in the library's convolution
 
@@ -82,13 +83,14 @@ def worthwhile(g: Tensor, weight: Tensor, space: tuple[int, ...], before: tuple[
     o, i = weight.shape[:2]
     reached = prod(_reached(h, t, p) for h, t, p in zip(space, g.shape[2:], before, strict=True))
     tiles = prod(-(-h // _SUMS) for h in space)
-    each = _PRODUCTS * o + o * i + _SUMS**2 * i + _move() * (o + i)  # for one of the products of a tile
+    move = _move(near=tiles * max(o, i) <= 2 * _CACHE)
+    each = _PRODUCTS * o + o * i + _SUMS**2 * i + move * (o + i)  # for one of the products of a tile
     ours = _PRODUCTS * (len(g) * tiles * each + _PREPARE * o * i)
     return 1.1 * ours < _LIBRARY[g.dtype] * len(g) * reached * o * i
 
 
-def _move() -> int:
-    return _MOVE if torch.get_num_threads() == 1 else _MOVE_SHARED
+def _move(*, near: bool) -> int:
+    return _MOVE if near and torch.get_num_threads() == 1 else _MOVE_FAR
 
 
 def _reached(inputs: int, outputs: int, before: int) -> int:
@@ -111,27 +113,42 @@ def transposed(g: Tensor, weight: Tensor, space: tuple[int, ...], before: tuple[
         ``[b, i, *space]``, channels innermost in memory.
     """
     (b, o), i = g.shape[:2], weight.shape[1]
-    to_sums, to_values, to_products = transforms(_SUMS, _TAPS, g.dtype)
+    _, to_values, _ = transforms(_SUMS, _TAPS, g.dtype)
     taps = (to_values @ weight.flip(2, 3).permute(2, 3, 0, 1).reshape(TAPS, -1)).view(-1, o, i)
     down, across = (-(-h // _SUMS) for h in space)
-    blocks = -(-b * down * across // max(8192 // max(o, i), i // 3))  # a block stays in cache, and is worth reading the taps
-    size = -(-b // min(b, blocks))
+    most = max(_CACHE // max(o, i), i // 3)  # tiles that stay in cache, and are worth reading the taps
+    size = -(-b // min(b, -(-b * down * across // most)))  # images of a block
+    high = -(-down // min(down, -(-down * across // (2 * most))))  # rows of tiles of a large image
     padded = g.new_zeros(size, _SUMS * down + _TAPS - 1, _SUMS * across + _TAPS - 1, o)
-    out, (one, two) = g.new_empty(b, *space, i), (Scratch(g), Scratch(g))
+    out, scratch = g.new_empty(b, *space, i), (Scratch(g), Scratch(g))
     for start in range(0, b, size):
         part = g[start : start + size].movedim(1, -1)
-        count, area = len(part), len(part) * down * across
-        _place(padded[:count], part, tuple(_TAPS - 1 - p for p in before))
-        tiles = _tiles(padded[:count], down, across)
-        gathered = one(*tiles.shape).copy_(tiles).view(_PRODUCTS, -1)
-        values = torch.mm(to_products, gathered, out=two(_PRODUCTS, area * o)).view(_PRODUCTS, area, o)
-        products = torch.bmm(values, taps, out=one(_PRODUCTS, area, i)).view(_PRODUCTS, -1)
-        sums = torch.mm(to_sums, products, out=two(_SUMS**2, area * i)).view(_SUMS, _SUMS, count, down, across, i)
-        images = sums.permute(2, 3, 0, 4, 1, 5)  # [count, down, 4, across, 4, i]
-        whole = images.reshape(count, _SUMS * down, _SUMS * across, i) if any(h % _SUMS for h in space) else images
-        mine = out[start : start + count]
-        mine.view(whole.shape).copy_(whole) if whole is images else mine.copy_(whole[:, : space[0], : space[1]])
+        _place(padded[: len(part)], part, tuple(_TAPS - 1 - p for p in before))
+        for top in range(0, down, high):
+            tiles = _tiles(padded[: len(part)], down, across)[:, :, :, top : top + high]
+            _put(out[start : start + size, _SUMS * top : _SUMS * (top + high)], _sums(tiles, taps, *scratch))
     return out.movedim(-1, 1)
+
+
+def _sums(tiles: Tensor, taps: Tensor, one: Scratch, two: Scratch) -> Tensor:
+    """Sums over taps ``[36, o, i]`` for the positions of tiles ``[6, 6, b, down, across, o]``: ``[4, 4, b, down, across, i]``."""
+    to_sums, _, to_products = transforms(_SUMS, _TAPS, tiles.dtype)
+    counts, (o, i) = tiles.shape[2:5], taps.shape[1:]
+    area = prod(counts)
+    gathered = one(*tiles.shape).copy_(tiles).view(_PRODUCTS, -1)
+    values = torch.mm(to_products, gathered, out=two(_PRODUCTS, area * o)).view(_PRODUCTS, area, o)
+    products = torch.bmm(values, taps, out=one(_PRODUCTS, area, i)).view(_PRODUCTS, -1)
+    return torch.mm(to_sums, products, out=two(_SUMS**2, area * i)).view(_SUMS, _SUMS, *counts, i)
+
+
+def _put(out: Tensor, sums: Tensor) -> None:
+    """Copy the positions of tiles to images ``[b, rows, columns, i]``, as far as these go."""
+    images = sums.permute(2, 3, 0, 4, 1, 5)  # [b, down, 4, across, 4, i]
+    b, down, _, across, _, i = images.shape
+    if out.shape[1:3] == (_SUMS * down, _SUMS * across):
+        out.unflatten(2, (across, _SUMS)).unflatten(1, (down, _SUMS)).copy_(images)
+    else:
+        out.copy_(images.reshape(b, _SUMS * down, _SUMS * across, i)[:, : out.shape[1], : out.shape[2]])
 
 
 def _place(padded: Tensor, g: Tensor, before: tuple[int, ...]) -> None:
@@ -154,15 +171,18 @@ def gradients_worthwhile(x: Tensor, g: Tensor, images: Images) -> bool:
     (k, t, o), c = g.shape[1:], x.shape[-3]
     tiles = t // prod(images.positions) * prod(-(-h // _SUMS) for h in images.positions)
     inputs = tiles * c * _PRODUCTS
-    each = tiles * o * _SUMS**2 + tiles * o * c + TAPS * o * c + _move() * o * (tiles + c)  # for one of the products of a tile
+    each = (
+        tiles * o * _SUMS**2 + tiles * o * c + TAPS * o * c + _move(near=True) * o * (tiles + c)
+    )  # for one of the products of a tile
     return 1.1 * (inputs + k * each) * _PRODUCTS < k * t * TAPS * o * c
 
 
 def _channels(x: Tensor, g: Tensor) -> int:
     """Output channels of a block: what they are made from stays in cache, and their gradients within ``BUDGET``."""
     (n, k, t, o), c = g.shape, x.shape[-3]
-    most = min(20480 // (k * max(t // _SUMS**2, c)), BUDGET // (n * k * TAPS * c * g.element_size()))
-    return min(o, max(16, most) // 8 * 8) if most >= 8 else 0
+    cached = 20480 // (k * max(t // _SUMS**2, c))
+    room = BUDGET // (n * k * TAPS * c * g.element_size())
+    return min(o, max(16, cached) // 8 * 8, room // 8 * 8) if cached >= 8 else 0
 
 
 def write_out(x: Tensor, g: Tensor, images: Images, scratch: Scratch) -> Iterator[Tensor]:
