@@ -83,7 +83,7 @@ def worthwhile(g: Tensor, weight: Tensor, space: tuple[int, ...], before: tuple[
     o, i = weight.shape[:2]
     reached = prod(_reached(h, t, p) for h, t, p in zip(space, g.shape[2:], before, strict=True))
     tiles = prod(-(-h // _SUMS) for h in space)
-    move = _move(near=tiles * max(o, i) <= 2 * _CACHE)
+    move = _move(near=tiles * max(o, i) <= _CACHE)
     each = _PRODUCTS * o + o * i + _SUMS**2 * i + move * (o + i)  # for one of the products of a tile
     ours = _PRODUCTS * (len(g) * tiles * each + _PREPARE * o * i)
     return 1.1 * ours < _LIBRARY[g.dtype] * len(g) * reached * o * i
