@@ -99,7 +99,7 @@ def counted_from_the_end(init):
 
 
 def other_tokens(factor):
-    return replace(factor, u=torch.cat([factor.u[:1], factor.u[1:].flip(-1)]))  # the engine checks itself on the first example
+    return replace(factor, given=torch.cat([factor.u[:1], factor.u[1:].flip(-1)]))  # the engine checks itself on the first example
 
 
 def other_sign(vmap):
