@@ -127,3 +127,15 @@ def copy_smoke_runs(target):
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+
+
+@pytest.fixture
+def calls_of(monkeypatch):
+    """Replace a function of a module by itself, with its calls noted in the list that this returns."""
+
+    def noted(module, name):
+        calls, function = [], getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.append(args) or function(*args))
+        return calls
+
+    return noted

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from engine_case import assert_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import ntk_by_definition
+from small_networks import convolutional
 
 from ntklib import empirical_ntk
 from ntklib.kernels import taps
@@ -34,18 +37,11 @@ def test_the_transpose_by_taps_is_the_gradient_of_the_convolution(axes, channels
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_kernels_are_the_same_whether_taps_are_used_or_not(stride, monkeypatch):
-    torch.manual_seed(0)
-    convolutions = [torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 3, 3, stride, padding=1)]
-    net = torch.nn.Sequential(*convolutions, torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.LazyLinear(2)).double()
-    x = torch.randn(3, 2, 5, 5, dtype=torch.float64)
-    net(x)
-    calls, plain = [], taps.transposed
-    monkeypatch.setattr(taps, "transposed", lambda *args: calls.append(args) or plain(*args))
-    kernels = []
+def test_kernels_are_the_same_whether_taps_are_used_or_not(stride, monkeypatch, calls_of):
+    net, x = convolutional(torch.nn.Conv2d(4, 3, 3, stride, padding=1), (5, 5))
+    calls = calls_of(taps, "transposed")
     for many, used in ((1, True), (10**6, False)):
         calls.clear()
         monkeypatch.setattr(taps, "MANY", many)
-        kernels.append(empirical_ntk(net, x))
+        assert_kernel(empirical_ntk(net, x), ntk_by_definition(net, x, x))
         assert bool(calls) == used
-    torch.testing.assert_close(*kernels, rtol=1e-12, atol=1e-12)

@@ -1,12 +1,15 @@
-"""The transpose of a 3 x 3 convolution by tiles is what automatic differentiation finds, to the rounding of its dtype."""
+"""Convolutions of 3 x 3 taps by tiles are what the definition and automatic differentiation find, to rounding."""
 
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from engine_case import assert_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import ntk_by_definition, reduce_by_definition, trace_by_definition
+from small_networks import convolutional
 
 from ntklib import empirical_ntk, ntk_diagonal, ntk_trace
 from ntklib.kernels import winograd
@@ -71,22 +74,15 @@ def test_the_points_keep_rounding_errors_small(monkeypatch):
 
 
 @pytest.mark.parametrize("padding", [0, 1, 2, "same", "circular"])
-def test_kernels_are_the_same_whether_tiles_are_used_or_not(padding, monkeypatch):
-    torch.manual_seed(0)
+def test_kernels_are_the_same_whether_tiles_are_used_or_not(padding, monkeypatch, calls_of):
     mode = {"padding": 1, "padding_mode": "circular"} if padding == "circular" else {"padding": padding}
-    convolutions = [torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 3, 3, **mode)]
-    net = torch.nn.Sequential(*convolutions, torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.LazyLinear(2)).double()
-    x = torch.randn(3, 2, 5, 6, dtype=torch.float64)
-    net(x)
-    calls, plain = [], winograd.transposed
-    monkeypatch.setattr(winograd, "transposed", lambda *args: calls.append(args) or plain(*args))
-    kernels = []
+    net, x = convolutional(torch.nn.Conv2d(4, 3, 3, **mode), (5, 6))
+    calls = calls_of(winograd, "transposed")
     for used in (True, False):
         calls.clear()
         monkeypatch.setattr(winograd, "worthwhile", lambda *_, used=used: used)
-        kernels.append(empirical_ntk(net, x))
+        assert_kernel(empirical_ntk(net, x), ntk_by_definition(net, x, x))
         assert bool(calls) == used
-    torch.testing.assert_close(*kernels, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -143,16 +139,9 @@ def factor_of(n, k, c, o, size, padding=1, images=1, dtype=torch.float64, rank_o
     return next(iter(op.factors(g)))[1]
 
 
-@settings(deadline=None)
-@given(
-    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    padding=st.integers(1, 2),
-    images=st.integers(1, 2),
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20)),
-)
-def test_gradients_by_tiles_are_sums_over_positions(size, padding, images, shape):
-    n, k, c, o = shape
-    factor = factor_of(n, k, c, o, size, padding, images)
+def assert_gradients(factor):
+    """Those by tiles are sums over positions; returns the channels of each block."""
+    (padding, _), c, images = factor.images.before, factor.source.shape[2], factor.source.shape[1]
     x = torch.nn.functional.pad(factor.source, [padding] * 4)
     g = factor.g[..., 0, :].unflatten(2, (images, *factor.images.positions))  # [n, k, l, rows, columns, o]
     rows, columns = factor.images.positions
@@ -164,17 +153,34 @@ def test_gradients_by_tiles_are_sums_over_positions(size, padding, images, shape
         j.clone().unflatten(3, (-1, c)) for j in winograd.write_out(factor.source, factor.g[..., 0, :], factor.images, Scratch(g))
     ]
     torch.testing.assert_close(torch.cat(blocks, 3), expected, rtol=1e-11, atol=1e-11)
+    return [j.shape[3] for j in blocks]
+
+
+@settings(deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    padding=st.integers(1, 2),
+    images=st.integers(1, 2),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20)),
+)
+def test_gradients_by_tiles_are_sums_over_positions(size, padding, images, shape):
+    n, k, c, o = shape
+    factor = factor_of(n, k, c, o, size, padding, images)
+    assert_gradients(factor)
+
+
+def test_gradients_are_written_out_some_channels_at_a_time():
+    assert assert_gradients(factor_of(2, 10, 64, 40, (8, 8))) == [32, 8]
 
 
 @pytest.mark.parametrize("kind", ACCUMULATORS)
 @pytest.mark.parametrize("n1", [None, 2])
 @pytest.mark.parametrize("size", [(8, 8), (7, 5)])
-def test_every_reduction_is_the_same_by_tiles(kind, n1, size, monkeypatch):
+def test_every_reduction_is_the_same_by_tiles(kind, n1, size, monkeypatch, calls_of):
     if n1 is not None and kind in ("blocks", "norms"):
         n1 = 3  # pairs of example n and n
     factor = factor_of(6, 3, 4, 24, size)
-    calls, plain, found = [], winograd.write_out, []
-    monkeypatch.setattr(winograd, "write_out", lambda *args: calls.append(args) or plain(*args))
+    calls, found = calls_of(winograd, "write_out"), []
     for used in (True, False):
         monkeypatch.setattr(winograd, "gradients_worthwhile", lambda *_, used=used: used)
         sums = ACCUMULATORS[kind](6, 3, n1, factor.g)
@@ -207,11 +213,13 @@ def test_gradients_go_by_tiles_where_there_are_many_positions():
         assert winograd.gradients_worthwhile(factor.source, factor.g[..., 0, :], factor.images) == worthwhile
     assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].to("meta"), many.images)
     assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].bfloat16(), many.images)
+    hundred = many.g[:, :1].expand(-1, 100, -1, -1, -1)[..., 0, :]
+    assert not winograd.gradients_worthwhile(many.source, hundred, many.images)  # would not stay in cache
     thousands = many.g[:1, :1, ..., 0, :].expand(10**4, 10, -1, -1)
     assert not winograd.gradients_worthwhile(many.source[:1].expand(10**4, -1, -1, -1, -1), thousands, many.images)  # no room
 
 
-def test_gradients_in_single_precision_are_as_exact_as_the_sums():
+def test_gradients_in_single_precision_lose_few_digits():
     factor = factor_of(1, 2, 64, 64, (32, 32))
     single = factor_of(1, 2, 64, 64, (32, 32), dtype=torch.float32)
 
@@ -223,20 +231,17 @@ def test_gradients_in_single_precision_are_as_exact_as_the_sums():
     assert float((gradients(single) - exact).norm() / exact.norm()) < 10 * torch.finfo(torch.float32).eps
 
 
-def test_all_kernels_are_the_same_whether_gradients_go_by_tiles_or_not(monkeypatch):
-    torch.manual_seed(0)
-    convolutions = [torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 3, 3, padding=1, bias=False)]
-    net = torch.nn.Sequential(*convolutions, torch.nn.Tanh(), torch.nn.AvgPool2d(2), torch.nn.Flatten(), torch.nn.LazyLinear(2))
-    net = net.double()
-    x = torch.randn(3, 2, 8, 9, dtype=torch.float64)
-    net(x)
-    calls, plain, found = [], winograd.write_out, []
-    monkeypatch.setattr(winograd, "write_out", lambda *args: calls.append(args) or plain(*args))
+def test_all_kernels_are_the_same_whether_gradients_go_by_tiles_or_not(monkeypatch, calls_of):
+    net, x = convolutional(torch.nn.Conv2d(4, 3, 3, padding=1, bias=False), (8, 9), torch.nn.AvgPool2d(2))
+    calls, kernel = calls_of(winograd, "write_out"), ntk_by_definition(net, x, x)
     for used in (True, False):
         calls.clear()
         monkeypatch.setattr(winograd, "gradients_worthwhile", lambda *_, used=used: used)
-        whole = empirical_ntk(net, x), empirical_ntk(net, x[:1], x[1:]), empirical_ntk(net, x, chunk_size=2)
-        found.append([*whole, empirical_ntk(net, x, reduce="trace"), ntk_diagonal(net, x), torch.tensor(ntk_trace(net, x).mean)])
+        assert_kernel(empirical_ntk(net, x), kernel)
+        assert_kernel(empirical_ntk(net, x, chunk_size=2), kernel)
+        assert_kernel(empirical_ntk(net, x[:1], x[1:]), kernel[:1, 1:])
+        for reduce in ("trace", "diagonal"):
+            assert_kernel(empirical_ntk(net, x, reduce=reduce), reduce_by_definition(kernel, reduce))
+        assert_kernel(ntk_diagonal(net, x), torch.stack([kernel[i, i] for i in range(len(x))]))
+        assert ntk_trace(net, x, normalize=False).mean == pytest.approx(trace_by_definition(kernel), rel=1e-12)
         assert bool(calls) == used
-    for by_tiles, by_sums in zip(*found, strict=True):
-        torch.testing.assert_close(by_tiles, by_sums, rtol=1e-11, atol=1e-11)

@@ -150,6 +150,16 @@ class Convolution(Operation):
         assert self.weight is not None
         return tuple(self.weight.shape[2:])
 
+    @property
+    def _before(self) -> tuple[int, ...]:
+        return tuple(before for before, _ in self.padding)
+
+    @property
+    def _tiled(self) -> bool:
+        """Whether it goes by tiles."""
+        assert self.weight is not None
+        return winograd.fits(self.weight, self.stride, self._before, self.dilation, self.groups)
+
     def _flat(self, x: Tensor, lead: int) -> Tensor:
         """Join the ``lead`` first axes to one batch axis, channels innermost in memory (the fastest layout for oneDNN)."""
         x = x.flatten(0, lead - 1)
@@ -166,7 +176,7 @@ class Convolution(Operation):
         dims = len(self.stride)
         lead = x.ndim - dims - 1
         if all(before == after for before, after in self.padding):
-            flat, inside = self._flat(x, lead), tuple(before for before, _ in self.padding)
+            flat, inside = self._flat(x, lead), self._before
         else:
             flat, inside = self._padded(x), (0,) * dims
         convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
@@ -177,12 +187,11 @@ class Convolution(Operation):
         # the transpose of a convolution
         assert self.weight is not None
         space, lead = tuple(self.saved.shape[-len(self.stride) :]), g.ndim - len(self.stride) - 1
-        flat, before = self._flat(g, lead), tuple(before for before, _ in self.padding)
-        tiled = winograd.fits(self.weight, self.stride, before, self.dilation, self.groups)
-        if tiled and winograd.worthwhile(flat, self.weight, space, before):
-            out = winograd.transposed(flat, self.weight, space, before)
+        flat = self._flat(g, lead)
+        if self._tiled and winograd.worthwhile(flat, self.weight, space, self._before):
+            out = winograd.transposed(flat, self.weight, space, self._before)
         elif taps.worthwhile(flat, self.weight, self.groups):
-            out = taps.transposed(flat, self.weight, space, self.stride, before, self.dilation)
+            out = taps.transposed(flat, self.weight, space, self.stride, self._before, self.dilation)
         else:
             out = self._transposed(flat, self.weight, space)
         return out.unflatten(0, g.shape[:lead])
@@ -222,11 +231,9 @@ class Convolution(Operation):
     def factors(self, g: Tensor) -> Iterator[Emission]:
         dims = len(self.stride)
         g = _examples_first(g)
-        (n, k), positions, before = g.shape[:2], tuple(g.shape[-dims:]), tuple(before for before, _ in self.padding)
+        (n, k), positions = g.shape[:2], tuple(g.shape[-dims:])
         g = g.movedim(-dims - 1, -1).reshape(n, k, -1, self.groups, g.shape[-dims - 1] // self.groups)
-        assert self.weight is not None
-        tiled = winograd.fits(self.weight, self.stride, before, self.dilation, self.groups)
-        images = winograd.Images(before, positions) if tiled else None
+        images = winograd.Images(self._before, positions) if self._tiled else None
         yield from self._outer(Outer(None, g, source=self.saved, remake=self._patches, images=images))
 
 

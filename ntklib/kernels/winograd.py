@@ -170,10 +170,8 @@ def gradients_worthwhile(x: Tensor, g: Tensor, images: Images) -> bool:
         return False
     (k, t, o), c = g.shape[1:], x.shape[-3]
     tiles = t // prod(images.positions) * prod(-(-h // _SUMS) for h in images.positions)
-    inputs = tiles * c * _PRODUCTS
-    each = (
-        tiles * o * _SUMS**2 + tiles * o * c + TAPS * o * c + _move(near=True) * o * (tiles + c)
-    )  # for one of the products of a tile
+    inputs = tiles * c * _PRODUCTS  # for one of the products of a tile
+    each = o * (tiles * (_SUMS**2 + c) + TAPS * c + _move(near=True) * (tiles + c))  # and an output direction
     return 1.1 * (inputs + k * each) * _PRODUCTS < k * t * TAPS * o * c
 
 
