@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ntklib.checks import check_inputs, check_pair
 from ntklib.functional import unwrap
 from ntklib.kernel_file import KernelFile, digest
-from ntklib.kernels.contract import Trace
 from ntklib.kernels.evaluate import Request, prepared
+from ntklib.kernels.reductions import Trace
 from ntklib.large_job import Job, Worker, make_workers
 from ntklib.random import stream
 

@@ -11,7 +11,18 @@ from reference import reduce_by_definition, trace_by_definition
 from test_engine_rules import assert_kernels, blocks_by_definition, layer_of
 
 from ntklib.estimators import ntk_trace
-from ntklib.kernels import contract, evaluate, jacobian, known, ntk_by_layer, ntk_diagonal, operations, streaming, uses
+from ntklib.kernels import (
+    contract,
+    evaluate,
+    jacobian,
+    known,
+    ntk_by_layer,
+    ntk_diagonal,
+    operations,
+    reductions,
+    streaming,
+    uses,
+)
 from ntklib.kernels.operations import Outer, Rows
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
@@ -80,7 +91,7 @@ def blind(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_small_pieces(mutant: Mutant) -> Mutant:
-    return lambda patch: [patch.setattr(contract, "_ROWS", 2), mutant(patch)][0]
+    return lambda patch: [patch.setattr(reductions, "_ROWS", 2), mutant(patch)][0]
 
 
 def blindly(mutant: Mutant) -> Mutant:
@@ -116,14 +127,14 @@ def other_sign(vmap):
 
 
 SEEN_BY_TESTS: dict[str, tuple[str, Mutant]] = {
-    "a bias is forgotten in the product": ("linear without bias", changed(contract.Full, "single", forget_ones)),
-    "a bias is forgotten in the trace": ("linear without bias", changed(contract.Trace, "single", forget_ones)),
-    "a bias is forgotten in the blocks": ("linear without bias", changed(contract.Blocks, "single", forget_ones)),
-    "a factor 2 in the kernel": ("conv2d", changed(contract.Full, "rows", twice)),
-    "a factor 2 in the trace": ("conv2d", changed(contract.Trace, "rows", twice)),
-    "a factor 2 in the diagonal": ("conv2d", changed(contract.Diagonal, "rows", twice)),
-    "a factor 2 in the norms": ("embedding bag", changed(contract.Norms, "rows", twice)),
-    "no mirror image": ("linear", in_small_pieces(changed(contract, "mirror", lambda _: lambda *_: None))),
+    "a bias is forgotten in the product": ("linear without bias", changed(reductions.Full, "single", forget_ones)),
+    "a bias is forgotten in the trace": ("linear without bias", changed(reductions.Trace, "single", forget_ones)),
+    "a bias is forgotten in the blocks": ("linear without bias", changed(reductions.Blocks, "single", forget_ones)),
+    "a factor 2 in the kernel": ("conv2d", changed(reductions.Full, "rows", twice)),
+    "a factor 2 in the trace": ("conv2d", changed(reductions.Trace, "rows", twice)),
+    "a factor 2 in the diagonal": ("conv2d", changed(reductions.Diagonal, "rows", twice)),
+    "a factor 2 in the norms": ("embedding bag", changed(reductions.Norms, "rows", twice)),
+    "no mirror image": ("linear", in_small_pieces(changed(reductions, "mirror", lambda _: lambda *_: None))),
     "a transposed block": ("linear on grids", changed(evaluate, "_place", place_untransposed)),
     "every layer is the first": (
         "linear without bias",
@@ -133,7 +144,7 @@ SEEN_BY_TESTS: dict[str, tuple[str, Mutant]] = {
     "everything is of rank one": ("conv2d", changed(contract, "rank_one", lambda _: rank_one_of_anything)),
     "an unweighted channel": (
         "pooled head",
-        changed(contract.Diagonal, "channels", lambda f: lambda self, w1, s1, w2, s2: f(self, w1.abs().sqrt(), s1, w2, s2)),
+        changed(reductions.Diagonal, "channels", lambda f: lambda self, w1, s1, w2, s2: f(self, w1.abs().sqrt(), s1, w2, s2)),
     ),
     "padding counts": (
         "padding index",
@@ -151,7 +162,7 @@ SEEN_BY_TESTS: dict[str, tuple[str, Mutant]] = {
         changed(operations.Scale, "factors", emissions(lambda factor: Rows(factor.j.abs()))),
     ),
     "tokens change places": ("embedding", changed(operations.Embedding, "factors", emissions(other_tokens))),
-    "norms are twice as large": ("linear on sequences", changed(contract.Norms, "contracted", twice)),
+    "norms are twice as large": ("linear on sequences", changed(reductions.Norms, "contracted", twice)),
     "uses beside the watched ones do not count": (
         "a parameter as the input of a layer",
         changed(streaming, "_unwatched", lambda _: lambda *_: set()),

@@ -13,12 +13,12 @@ from reference import reduce_by_definition
 from test_plan import PROGRAM
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ntklib.kernels import blocks, contract, empirical_ntk, evaluate, ntk_diagonal
+from ntklib.kernels import blocks, contract, empirical_ntk, evaluate, ntk_diagonal, positions, reductions
 from ntklib.kernels.capture import CaptureError
-from ntklib.kernels.contract import ACCUMULATORS, Full
 from ntklib.kernels.gather import Gathered
 from ntklib.kernels.operations import Factor, Outer, Rows
 from ntklib.kernels.plan import pass_size
+from ntklib.kernels.reductions import ACCUMULATORS, Full
 from ntklib.random import stream
 
 ORDERS = {"explicit": (0.0, 1.0), "contracted": (1.0, 0.0), "by cost": None}
@@ -49,8 +49,8 @@ FACTORS: dict[str, Factor] = {
     ),
 }
 
-for some, positions in (("one position", [1]), ("some positions", [0, 2]), ("no position", [])):
-    kept = torch.zeros(3).double().index_fill_(0, torch.tensor(positions, dtype=torch.int64), 1.0)[:, None, None]
+for some, places in (("one position", [1]), ("some positions", [0, 2]), ("no position", [])):
+    kept = torch.zeros(3).double().index_fill_(0, torch.tensor(places, dtype=torch.int64), 1.0)[:, None, None]
     FACTORS[f"{some} used"] = Outer(normal(N, 3, 1, 4), normal(N, K, 3, 1, 2, seed=1) * kept, bias=True)
     FACTORS[f"{some} used, with groups"] = Outer(normal(N, 3, 2, 4), normal(N, K, 3, 2, 2, seed=1) * kept, bias=True)
 unused_once = normal(N, K, 3, 1, 2, seed=1)
@@ -88,8 +88,10 @@ def order(request, monkeypatch):
     for accumulator in ACCUMULATORS.values() if ORDERS[request.param] else ():
         monkeypatch.setattr(accumulator, "costs", lambda *_: ORDERS[request.param])
     monkeypatch.setattr(blocks, "BUDGET", 1)
-    monkeypatch.setattr(contract, "_ROWS", 2)
+    monkeypatch.setattr(reductions, "_ROWS", 2)
+    monkeypatch.setattr(reductions, "_CACHE", 1)
     monkeypatch.setattr(contract, "_BEGIN", 0)
+    monkeypatch.setattr(positions, "multiply_adds", lambda *_: 0.0)  # products of pixels wherever there are windows
     return request.param
 
 

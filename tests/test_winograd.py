@@ -1,10 +1,12 @@
 """Convolutions of 3 x 3 taps by tiles are what the definition and automatic differentiation find, to rounding."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from convolutions import factor_of, weights
 from engine_case import assert_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +16,8 @@ from small_networks import convolutional
 from ntklib import empirical_ntk, ntk_diagonal, ntk_trace
 from ntklib.kernels import winograd
 from ntklib.kernels.blocks import Scratch
-from ntklib.kernels.contract import ACCUMULATORS
-from ntklib.kernels.operations import convolution
+from ntklib.kernels.positions import Windows
+from ntklib.kernels.reductions import ACCUMULATORS
 from ntklib.random import stream
 
 AXIS = st.tuples(st.integers(1, 9), st.integers(0, 2), st.integers(0, 3))  # positions, padding before and after
@@ -29,10 +31,6 @@ def gradient(shape, weight, before, after, dtype=torch.float64):
     z = torch.nn.functional.conv2d(torch.nn.functional.pad(x, amounts), weight.double())
     g = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(dtype)
     return g, torch.autograd.grad(z, x, g.double())[0]
-
-
-def weights(o, i):
-    return torch.randn(o, i, 3, 3, generator=stream(0, "winograd weights"), dtype=torch.float64)
 
 
 @settings(deadline=None)
@@ -106,12 +104,16 @@ def test_narrow_tiles_are_used_where_an_image_stays_in_cache(monkeypatch):
 
 
 def test_only_plain_convolutions_of_three_by_three_taps_go_by_tiles():
-    plain = {"stride": (1, 1), "before": (1, 1), "dilation": (1, 1), "groups": 1}
-    w = torch.empty(2, 2, 3, 3)
-    assert winograd.fits(w, **plain)
-    changes = [{"stride": (2, 1)}, {"before": (0, 3)}, {"dilation": (1, 2)}, {"groups": 2}]
-    assert not any(winograd.fits(w, **(plain | change)) for change in changes)
-    assert not any(winograd.fits(torch.empty(2, 2, *kernel), **plain) for kernel in [(3,), (3, 1), (5, 5), (3, 3, 3)])
+    plain = Windows((3, 3), (1, 1), (1, 1), (8, 8))
+    assert winograd.fits(plain)
+    others = [
+        replace(plain, taps=(3, 1)),
+        replace(plain, taps=(5, 5)),
+        replace(plain, dilation=(1, 2)),
+        replace(plain, before=(0, 3)),
+    ]
+    cubes = Windows((3, 3, 3), (1, 1, 1), (1, 1, 1), (8, 8, 8))
+    assert not any(winograd.fits(windows) for windows in [*others, Windows((3,), (1,), (1,), (8,)), cubes])
 
 
 def test_pairs_of_positions_and_taps_off_the_padding_are_counted():
@@ -121,36 +123,18 @@ def test_pairs_of_positions_and_taps_off_the_padding_are_counted():
         assert winograd._reached(inputs, outputs, before) == len(pairs)
 
 
-def operation(c, o, padding, bias=True):
-    """A convolution of 3 x 3 taps, its weight and bias wanted."""
-    b = torch.zeros(o, dtype=torch.float64) if bias else None
-    return convolution(weights(o, c), b, ("layer.weight", "layer.bias" if bias else None), 1, padding, 1, 1)
-
-
-def factor_of(n, k, c, o, size, padding=1, images=1, dtype=torch.float64, rank_one=False):
-    """The factor of random inputs and output gradients."""
-    generator = stream(0, "winograd factor")
-    op = operation(c, o, padding)
-    op.saved = torch.randn(n, images, c, *size, generator=generator, dtype=torch.float64).to(dtype)
-    positions = [length + 2 * padding - 2 for length in size]
-    shape = (1, n, images, o, *positions) if rank_one else (k, n, images, o, *positions)
-    g = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    g = g * torch.randn(k, 1, 1, o, 1, 1, generator=generator, dtype=torch.float64).to(dtype) if rank_one else g
-    return next(iter(op.factors(g)))[1]
-
-
 def assert_gradients(factor):
     """Those by tiles are sums over positions; returns the channels of each block."""
-    (padding, _), c, images = factor.images.before, factor.source.shape[2], factor.source.shape[1]
+    (padding, _), c, images = factor.windows.before, factor.source.shape[2], factor.source.shape[1]
     x = torch.nn.functional.pad(factor.source, [padding] * 4)
-    g = factor.g[..., 0, :].unflatten(2, (images, *factor.images.positions))  # [n, k, l, rows, columns, o]
-    rows, columns = factor.images.positions
+    g = factor.g[..., 0, :].unflatten(2, (images, *factor.windows.positions))  # [n, k, l, rows, columns, o]
+    rows, columns = factor.windows.positions
     expected = torch.stack(
         [torch.einsum("nklyxo,nlcyx->nkoc", g, x[..., a : a + rows, b : b + columns]) for a, b in product(range(3), range(3))],
         2,
     )  # [n, k, 9, o, c]
     blocks = [
-        j.clone().unflatten(3, (-1, c)) for j in winograd.write_out(factor.source, factor.g[..., 0, :], factor.images, Scratch(g))
+        j.clone().unflatten(3, (-1, c)) for j in winograd.write_out(factor.source, factor.g[..., 0, :], factor.windows, Scratch(g))
     ]
     torch.testing.assert_close(torch.cat(blocks, 3), expected, rtol=1e-11, atol=1e-11)
     return [j.shape[3] for j in blocks]
@@ -201,7 +185,7 @@ def test_gradients_are_not_written_out_where_another_order_is_cheaper(reason, mo
     sums, plain = ACCUMULATORS[None](6, 3, None, factor.g), ACCUMULATORS[None](6, 3, None, factor.g)
     monkeypatch.setattr(sums, "costs", lambda *_: (1.0, 0.0) if reason == "dearer" else (0.0, 1.0))
     sums.add(factor)
-    monkeypatch.setattr(plain, "_in_tiles", lambda *_: False)
+    monkeypatch.setattr(plain, "_windowed", lambda *_: False)
     plain.add(factor)
     torch.testing.assert_close(sums.result(), plain.result(), rtol=1e-11, atol=1e-11)
 
@@ -210,13 +194,13 @@ def test_gradients_go_by_tiles_where_there_are_many_positions():
     many, few = factor_of(2, 10, 64, 64, (32, 32), dtype=torch.float32), factor_of(2, 10, 64, 64, (8, 8), dtype=torch.float32)
     narrow = factor_of(2, 10, 3, 64, (32, 32), dtype=torch.float32)
     for factor, worthwhile in ((many, True), (few, False), (narrow, False)):
-        assert winograd.gradients_worthwhile(factor.source, factor.g[..., 0, :], factor.images) == worthwhile
-    assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].to("meta"), many.images)
-    assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].bfloat16(), many.images)
+        assert winograd.gradients_worthwhile(factor.source, factor.g[..., 0, :], factor.windows) == worthwhile
+    assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].to("meta"), many.windows)
+    assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].bfloat16(), many.windows)
     hundred = many.g[:, :1].expand(-1, 100, -1, -1, -1)[..., 0, :]
-    assert not winograd.gradients_worthwhile(many.source, hundred, many.images)  # would not stay in cache
+    assert not winograd.gradients_worthwhile(many.source, hundred, many.windows)  # would not stay in cache
     thousands = many.g[:1, :1, ..., 0, :].expand(10**4, 10, -1, -1)
-    assert not winograd.gradients_worthwhile(many.source[:1].expand(10**4, -1, -1, -1, -1), thousands, many.images)  # no room
+    assert not winograd.gradients_worthwhile(many.source[:1].expand(10**4, -1, -1, -1, -1), thousands, many.windows)  # no room
 
 
 def test_gradients_in_single_precision_lose_few_digits():
@@ -224,7 +208,7 @@ def test_gradients_in_single_precision_lose_few_digits():
     single = factor_of(1, 2, 64, 64, (32, 32), dtype=torch.float32)
 
     def gradients(some):
-        blocks = winograd.write_out(some.source, some.g[..., 0, :], some.images, Scratch(some.g))
+        blocks = winograd.write_out(some.source, some.g[..., 0, :], some.windows, Scratch(some.g))
         return torch.cat([j.clone().double() for j in blocks], 3)
 
     exact = gradients(factor)

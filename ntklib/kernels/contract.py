@@ -12,25 +12,24 @@ Multiply-adds are counted before choosing. Sums over pairs of examples are forme
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from math import prod
 
 from torch import Tensor
 
-from ntklib.kernels import winograd
+from ntklib.kernels import positions, winograd
 from ntklib.kernels.blocks import (
     Scratch,
     alike,
-    block_slices,
     channel_blocks,
     may_be_rank_one,
-    mirror,
     rank_one,
     used_positions,
     write_out,
     write_out_groups,
 )
 from ntklib.kernels.operations import Factor, Outer, Rows
+from ntklib.kernels.positions import PixelProducts, Products, Windows
 
-_ROWS = 160  # rows of a kernel formed at a time: enough for a full-speed product, few enough for triangles
 _BEGIN = 2**19  # multiply-adds in whose time the small products of one group and example are begun
 
 
@@ -67,24 +66,30 @@ class Accumulator(ABC):
         if isinstance(factor, Rows):
             self.rows(*self._sets(factor.j.to(dtype)))
             return
-        if factor.images is not None and factor.source is not None and self._in_tiles(factor, factor.source, factor.images):
+        if factor.windows is not None and factor.source is not None and self._windowed(factor, factor.source, factor.windows):
             return
         (u1, u2), (g1, g2) = self._sets(factor.u.to(dtype)), self._sets(factor.g.to(dtype))
         self._outer(*_used(u1, g1, u2, g2), bias=factor.bias)
 
-    def _in_tiles(self, factor: Outer, source: Tensor, images: winograd.Images) -> bool:
-        """Whether the gradients of a convolution were written out by tiles, and added."""
-        dtype = self.total.dtype
-        x, g = source.reshape(len(source), -1, *source.shape[-3:]).to(dtype), factor.g[..., 0, :].to(dtype)
-        sizes = x.shape[2] * winograd.TAPS, g.shape[3]
-        if not winograd.gradients_worthwhile(x, g, images) or not self._cheaper_explicit(g.shape[2], *sizes):
+    def _windowed(self, factor: Outer, source: Tensor, windows: Windows) -> bool:
+        """Whether a convolution was added from its inputs, without what its positions see of them: by tiles or by pixels."""
+        dtype, space = self.total.dtype, source.shape[-len(windows.taps) :]
+        x, g = source.reshape(len(source), -1, source.shape[-len(space) - 1], *space).to(dtype), factor.g[..., 0, :].to(dtype)
+        t, o = g.shape[2:]
+        d, entry = prod(windows.taps) * x.shape[2], positions.multiply_adds(windows, x.shape[2], g)
+        explicit = self._cheaper_explicit(t, d, o, entry=float(min(d, entry)))
+        if not (winograd.gradients_worthwhile(x, g, windows) if explicit else entry < d):
             return False
         if may_be_rank_one(g) or used_positions(g) is not None:
             return False
         if factor.bias:
             self.rows(*self._sets(g.sum(2)))
-        for j in winograd.write_out(x, g, images, self.scratch):
-            self.rows(*self._sets(j.flatten(2)))
+        if explicit:
+            for j in winograd.write_out(x, g, windows, self.scratch):
+                self.rows(*self._sets(j.flatten(2)))
+        else:
+            (v1, v2), (g1, g2) = self._sets(x.movedim(2, -1).flatten(1, -2)), self._sets(g)
+            self.contracted(v1, g1, v2, g2, PixelProducts(windows, tuple(space)))
         return True
 
     def _sets(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,16 +121,18 @@ class Accumulator(ABC):
             for j1, j2 in write_out(u1, g1, u2, g2, self.scratch):
                 self.rows(j1, j2)
         else:
-            self.contracted(u1, g1, u2, g2)
+            self.contracted(u1, g1, u2, g2, Products())
 
     def explicit(self, u: Tensor, g: Tensor) -> bool:
         """Whether gradients of each group are written out, for ``u`` and ``g`` as in ``Outer``, of some of the examples."""
         begin = _BEGIN * self.n1 if u.shape[2] > 1 else 0  # of several groups, gradients are written out together
         return self._cheaper_explicit(u.shape[1], u.shape[3], g.shape[4], begin)
 
-    def _cheaper_explicit(self, t: int, d: int, o: int, begin: int = 0) -> bool:
+    def _cheaper_explicit(self, t: int, d: int, o: int, begin: int = 0, entry: float | None = None) -> bool:
+        """``entry``: multiply-adds of a product between positions, of d numbers unless given."""
         n = self.n1 if self.symmetric else self.n1 + self.n2
-        explicit, contracted = self.costs(n, self.k, t, d, o)
+        explicit, _ = self.costs(n, self.k, t, d, o)
+        _, contracted = self.costs(n, self.k, t, d if entry is None else entry, o)
         return explicit <= contracted + begin
 
     @abstractmethod
@@ -141,11 +148,11 @@ class Accumulator(ABC):
         """Add for J[n,k,o] = w[k,o] s[o,n]."""
 
     @abstractmethod
-    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
-        """Add for several positions, ``u [n, t, d]`` and ``g [n, k, t, o]``, without writing gradients out."""
+    def contracted(self, v1: Tensor, g1: Tensor, v2: Tensor, g2: Tensor, products: Products) -> None:
+        """Add for several positions, ``g [n, k, t, o]``, without writing gradients out; ``products`` makes C from v."""
 
     @abstractmethod
-    def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
+    def costs(self, n: int, k: int, t: int, d: float, o: int) -> tuple[float, float]:
         """Multiply-adds of the explicit and of the contracted order."""
 
     def result(self) -> Tensor:
@@ -168,199 +175,3 @@ def _used(u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> tuple[Tensor, Tenso
         return u1, g1, u2, g2
     (u1, u2), (g1, g2) = alike(lambda u: u[:, used], u1, u2), alike(lambda g: g[:, :, used], g1, g2)
     return u1, g1, u2, g2
-
-
-class Full(Accumulator):
-    """Theta[n,a,n',b], as a matrix ``[n1 k, n2 k]``, filled above the diagonal until ``result``."""
-
-    def shape(self) -> tuple[int, ...]:
-        return self.n1 * self.k, self.n2 * self.k
-
-    def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
-        pairs = self.half * self.n1 * self.n2
-        explicit = n * k * t * d * o + pairs * k * k * d * o
-        return explicit, pairs * (t * t * d + k * o * t * t + k * k * o * t)
-
-    def rows(self, j1: Tensor, j2: Tensor) -> None:
-        j1, j2 = alike(lambda j: j.flatten(0, 1), j1, j2)
-        step = max(64, min(_ROWS, len(j1) // 4)) if self.symmetric else len(j1)
-        for i in range(0, len(j1), step):
-            start = i if self.symmetric else 0
-            self.total[i : i + step, start:].addmm_(j1[i : i + step], j2[start:].T)
-
-    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
-        a = u1 @ u2.T + float(ones)
-        k, (g1, g2) = self.k, alike(lambda g: g.flatten(0, 1), g1, g2)
-        for i, j in block_slices(self.n1, self.n2, max(1, _ROWS // k), symmetric=self.symmetric):
-            rows, columns = slice(i.start * k, i.stop * k), slice(j.start * k, j.stop * k)
-            block = (g1[rows] @ g2[columns].T).unflatten(0, (-1, k))
-            self.total[rows, columns].unflatten(0, (-1, k)).addcmul_(block, a[i, j].repeat_interleave(k, 1)[:, None])
-
-    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
-        h = (s1 @ s2.mT).flatten(1)  # [o, n1 n2]
-        pairs = (w1[:, None] * w2[None]).flatten(0, 1)  # [k k, o]
-        block = (pairs @ h).view(self.k, self.k, self.n1, self.n2)
-        self.total.view(self.n1, self.k, self.n2, self.k).add_(block.permute(2, 0, 3, 1))
-
-    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
-        t, d = u2.shape[1:]
-        k, o = g2.shape[1], g2.shape[3]
-        left, right = alike(lambda g: g.transpose(2, 3).reshape(len(g), k * o, t), g1, g2)
-        v = u2.reshape(-1, d)
-        for i in range(self.n1):
-            start = i if self.symmetric else 0
-            c = (v[start * t :] @ u1[i].T).view(-1, t, t)  # U' U^T
-            h = (right[start:] @ c).reshape(-1, o * t)  # G' C, [n2 k, o t]
-            self.total[i * k : (i + 1) * k, start * k :].addmm_(left[i].reshape(k, o * t), h.T)
-
-    def result(self) -> Tensor:
-        if self.symmetric:
-            mirror(self.total)
-        return self.total.view(self.n1, self.k, self.n2, self.k)
-
-
-class Trace(Accumulator):
-    """sum_a Theta[n,a,n',a], ``[n1, n2]``."""
-
-    def shape(self) -> tuple[int, ...]:
-        return self.n1, self.n2
-
-    def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
-        pairs = self.half * self.n1 * self.n2
-        return n * k * t * d * o + pairs * k * d * o, pairs * t * t * (d + k * o)
-
-    def rows(self, j1: Tensor, j2: Tensor) -> None:
-        j1, j2 = alike(lambda j: j.flatten(1), j1, j2)
-        step = _ROWS if self.symmetric else len(j1)
-        for i in range(0, len(j1), step):
-            start = i if self.symmetric else 0
-            self.total[i : i + step, start:].addmm_(j1[i : i + step], j2[start:].T)
-
-    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
-        g1, g2 = alike(lambda g: g.flatten(1), g1, g2)
-        for i in range(0, self.n1, _ROWS):
-            start = i if self.symmetric else 0
-            a = u1[i : i + _ROWS] @ u2[start:].T + float(ones)
-            self.total[i : i + _ROWS, start:].addcmul_(a, g1[i : i + _ROWS] @ g2[start:].T)
-
-    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
-        weighted = s1 * (w1 * w2).sum(0)[:, None, None]
-        self.rows(weighted.transpose(0, 1), s2.transpose(0, 1))
-
-    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
-        t = u1.shape[1]
-        g1, g2 = alike(lambda g: g.transpose(1, 2).reshape(len(g) * t, -1), g1, g2)
-        self._ghost(self.total, u1.flatten(0, 1), g1, u2.flatten(0, 1), g2, t)
-
-    def _ghost(self, total: Tensor, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, t: int) -> None:
-        """Add sum_tt' (U U'^T)_tt' (G G'^T)_tt' for ``u [n t, d]`` and ``g [n t, p]``."""
-        step = max(1, _ROWS // t)
-        for i in range(0, self.n1, step):
-            start = i if self.symmetric else 0
-            rows = slice(i * t, (i + step) * t)
-            product = (u1[rows] @ u2[start * t :].T).mul_(g1[rows] @ g2[start * t :].T)
-            total[i : i + step, start:] += product.unflatten(1, (-1, t)).sum(2).unflatten(0, (-1, t)).sum(1)
-
-    def result(self) -> Tensor:
-        if self.symmetric:
-            mirror(self.total)
-        return self.total
-
-
-class Diagonal(Trace):
-    """Theta[n,a,n',a], ``[k, n1, n2]`` until ``result``."""
-
-    def shape(self) -> tuple[int, ...]:
-        return self.k, self.n1, self.n2
-
-    def rows(self, j1: Tensor, j2: Tensor) -> None:
-        self.total.baddbmm_(j1.transpose(0, 1), j2.permute(1, 2, 0))
-
-    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
-        a = u1 @ u2.T + float(ones)
-        for k in range(self.k):
-            self.total[k].addcmul_(a, g1[:, k] @ g2[:, k].T)
-
-    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
-        self.total += ((w1 * w2) @ (s1 @ s2.mT).flatten(1)).view_as(self.total)
-
-    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
-        t = u1.shape[1]
-        v1, v2 = u1.flatten(0, 1), u2.flatten(0, 1)
-        for k in range(self.k):
-            self._ghost(self.total[k], v1, g1[:, k].flatten(0, 1), v2, g2[:, k].flatten(0, 1), t)
-
-    def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
-        pairs = self.half * self.n1 * self.n2
-        return float(n * k * t * d * o + self.n1 * self.n2 * k * d * o), pairs * t * t * k * (d + o)
-
-    def result(self) -> Tensor:
-        if self.symmetric:
-            for total in self.total:
-                mirror(total)
-        return self.total.permute(1, 2, 0)
-
-
-class Blocks(Accumulator):
-    """Theta[n,a,n,b], ``[n, k, k]``, of example n of the first set with example n of the second."""
-
-    def shape(self) -> tuple[int, ...]:
-        return self.n1, self.k, self.k
-
-    def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
-        return float(n * k * t * d * o + self.n1 * k * k * d * o), float(self.n1 * (t * t * d + k * o * t * t + k * k * o * t))
-
-    def rows(self, j1: Tensor, j2: Tensor) -> None:
-        self.total.baddbmm_(j1, j2.mT)
-
-    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
-        a = (u1 * u2).sum(1) + float(ones)
-        self.total.baddbmm_(g1 * a[:, None, None], g2.mT)
-
-    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
-        h = (s1 * s2).sum(2).T  # [n, o]
-        self.total += (w1 * h[:, None]) @ w2.T
-
-    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
-        t = u1.shape[1]
-        left, right = alike(lambda g: g.transpose(2, 3).reshape(len(g), -1, t), g1, g2)
-        h = right @ (u2 @ u1.mT)
-        self.total.baddbmm_(left.reshape(self.n1, self.k, -1), h.reshape(self.n1, self.k, -1).mT)
-
-    def result(self) -> Tensor:
-        if self.symmetric:
-            self.total.copy_((self.total + self.total.mT) / 2)
-        return self.total
-
-
-class Norms(Accumulator):
-    """Theta[n,a,n,a], ``[n, k]``, of example n of the first set with example n of the second: ||J_na||^2 where these are one."""
-
-    def shape(self) -> tuple[int, ...]:
-        return self.n1, self.k
-
-    def costs(self, n: int, k: int, t: int, d: int, o: int) -> tuple[float, float]:
-        return float(n * k * t * d * o), float(n * t * t * (d + k * o))
-
-    def rows(self, j1: Tensor, j2: Tensor) -> None:
-        self.total += (j1 * j2).sum(2)
-
-    def single(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor, ones: bool) -> None:
-        self.total.addcmul_((u1 * u2).sum(1, keepdim=True) + float(ones), (g1 * g2).sum(2))
-
-    def channels(self, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor) -> None:
-        self.total += (s1 * s2).sum(2).T @ (w1 * w2).T
-
-    def contracted(self, u1: Tensor, g1: Tensor, u2: Tensor, g2: Tensor) -> None:
-        c = u1 @ u2.mT
-        for i in range(len(u1)):
-            self.total[i] += ((c[i] @ g2[i]) * g1[i]).sum((1, 2))
-
-
-ACCUMULATORS: dict[str | None, type[Accumulator]] = {
-    None: Full,
-    "trace": Trace,
-    "diagonal": Diagonal,
-    "blocks": Blocks,
-    "norms": Norms,
-}

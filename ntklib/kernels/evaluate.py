@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ntklib.checks import check_inputs, check_model, check_pair
 from ntklib.functional import Model, Params, functional_model, unwrap
 from ntklib.kernels.blocks import Scratch
-from ntklib.kernels.contract import ACCUMULATORS, Accumulator, Norms
+from ntklib.kernels.contract import Accumulator
 from ntklib.kernels.gather import Gathered
 from ntklib.kernels.known import fingerprint
 from ntklib.kernels.operations import Emission
 from ntklib.kernels.plan import Plan, Tile, directions, make_plan, pass_size, tiles, with_smaller_chunks
+from ntklib.kernels.reductions import ACCUMULATORS, Norms
 from ntklib.kernels.streaming import Program, general_program, settings, structured_program
 from ntklib.progress import FILE
 from ntklib.text import check_known
@@ -26,7 +27,7 @@ METHODS = ("auto", "structured", "jacobian")
 
 @dataclass(frozen=True)
 class Request:
-    """What the caller of a public function asked for; see ``empirical_ntk``. ``kind`` is a key of ``contract.ACCUMULATORS``."""
+    """What the caller of a public function asked for; see ``empirical_ntk``. ``kind`` is a key of ``reductions.ACCUMULATORS``."""
 
     model: nn.Module
     x1: Tensor

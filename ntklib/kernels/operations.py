@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ntklib.kernels import taps, winograd
+from ntklib.kernels.positions import Windows
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Outer:
         source: What U can be made from, ``[n, ...]``; None for U itself.
         remake: Makes U from ``source``, or from rows of it.
         relative: Whether the last axis of U counts what occurs in this pass, so that U of two passes must be made by ``remake``.
-        images: Of a convolution that goes by tiles, where the positions of ``source`` and ``g`` are.
+        windows: Of a convolution without stride and groups, what the positions of ``g`` see of ``source``.
     """
 
     given: Tensor | None
@@ -38,7 +39,7 @@ class Outer:
     source: Tensor | None = None
     remake: Callable[[Tensor], Tensor] | None = None
     relative: bool = False
-    images: winograd.Images | None = None
+    windows: Windows | None = None
 
     @cached_property
     def u(self) -> Tensor:
@@ -154,11 +155,11 @@ class Convolution(Operation):
     def _before(self) -> tuple[int, ...]:
         return tuple(before for before, _ in self.padding)
 
-    @property
-    def _tiled(self) -> bool:
-        """Whether it goes by tiles."""
-        assert self.weight is not None
-        return winograd.fits(self.weight, self.stride, self._before, self.dilation, self.groups)
+    def _windows(self, positions: tuple[int, ...]) -> Windows | None:
+        """What these positions of the outputs see, without stride and groups."""
+        if self.groups > 1 or set(self.stride) != {1}:
+            return None
+        return Windows(self._kernel, self.dilation, self._before, positions)
 
     def _flat(self, x: Tensor, lead: int) -> Tensor:
         """Join the ``lead`` first axes to one batch axis, channels innermost in memory (the fastest layout for oneDNN)."""
@@ -187,8 +188,8 @@ class Convolution(Operation):
         # the transpose of a convolution
         assert self.weight is not None
         space, lead = tuple(self.saved.shape[-len(self.stride) :]), g.ndim - len(self.stride) - 1
-        flat = self._flat(g, lead)
-        if self._tiled and winograd.worthwhile(flat, self.weight, space, self._before):
+        flat, windows = self._flat(g, lead), self._windows(tuple(g.shape[lead + 1 :]))
+        if windows is not None and winograd.fits(windows) and winograd.worthwhile(flat, self.weight, space, self._before):
             out = winograd.transposed(flat, self.weight, space, self._before)
         elif taps.worthwhile(flat, self.weight, self.groups):
             out = taps.transposed(flat, self.weight, space, self.stride, self._before, self.dilation)
@@ -233,8 +234,7 @@ class Convolution(Operation):
         g = _examples_first(g)
         (n, k), positions = g.shape[:2], tuple(g.shape[-dims:])
         g = g.movedim(-dims - 1, -1).reshape(n, k, -1, self.groups, g.shape[-dims - 1] // self.groups)
-        images = winograd.Images(self._before, positions) if self._tiled else None
-        yield from self._outer(Outer(None, g, source=self.saved, remake=self._patches, images=images))
+        yield from self._outer(Outer(None, g, source=self.saved, remake=self._patches, windows=self._windows(positions)))
 
 
 @dataclass(eq=False)

@@ -67,7 +67,7 @@ def make_plan(
         program: How gradients are streamed.
         n1: Examples of the rows.
         n2: Examples of the columns; None for a symmetric kernel.
-        kind: Which reduction, a key of ``contract.ACCUMULATORS``.
+        kind: Which reduction, a key of ``reductions.ACCUMULATORS``.
         layers: Number of kernels kept at the same time.
         chunk_size: Examples per chunk, if the caller wants to choose.
         max_memory: Bytes that may be used, result included. Default: half of what is free.

@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ntklib.functional import Model, Params
 from ntklib.kernels import known
 from ntklib.kernels.capture import CaptureError, Survey, Use, Visit, Watch, lift
-from ntklib.kernels.contract import Norms
 from ntklib.kernels.gather import kept_numbers
 from ntklib.kernels.jacobian import jacobian
 from ntklib.kernels.known import Structure
 from ntklib.kernels.operations import Emission, Outer, Rows
+from ntklib.kernels.reductions import Norms
 
 TOLERANCE = 1e4  # of the check against autograd, in units of the dtype's rounding error
 

@@ -12,7 +12,6 @@ as large.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntklib.kernels.blocks import BUDGET, Scratch
+from ntklib.kernels.positions import Windows
 
 _POINTS = np.array([0, 2 / 3, -2 / 3, 3 / 2, -3 / 2])  # beside infinity
 _SUMS, _TAPS = 4, 3  # positions of a tile, and taps, of an axis
@@ -55,22 +55,9 @@ def transforms(outputs: int, taps: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     return a, g, b
 
 
-@dataclass(frozen=True)
-class Images:
-    """Which positions of the outputs are those of images, of a convolution that ``fits``.
-
-    Attributes:
-        before: Padding before the first position of each axis.
-        positions: Positions of each axis.
-    """
-
-    before: tuple[int, ...]
-    positions: tuple[int, ...]
-
-
-def fits(weight: Tensor, stride: tuple[int, ...], before: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> bool:
-    """Whether a convolution with these arguments goes by tiles, ``transposed`` and ``write_out``."""
-    return weight.shape[2:] == (_TAPS, _TAPS) and groups == 1 and {*stride, *dilation} == {1} and max(before) < _TAPS
+def fits(windows: Windows) -> bool:
+    """Whether a convolution goes by tiles, ``transposed`` and ``write_out``."""
+    return windows.taps == (_TAPS, _TAPS) and windows.dilation == (1, 1) and max(windows.before) < _TAPS
 
 
 def worthwhile(g: Tensor, weight: Tensor, space: tuple[int, ...], before: tuple[int, ...]) -> bool:
@@ -164,12 +151,12 @@ def _tiles(padded: Tensor, down: int, across: int) -> Tensor:
     return padded.as_strided(shape, (row, column, batch, _SUMS * row, _SUMS * column, channel), padded.storage_offset())
 
 
-def gradients_worthwhile(x: Tensor, g: Tensor, images: Images) -> bool:
-    """Whether ``write_out`` is expected to be faster than plain products, and a block of it has its place."""
-    if g.device.type != "cpu" or g.dtype not in _LIBRARY or not _channels(x, g):
+def gradients_worthwhile(x: Tensor, g: Tensor, windows: Windows) -> bool:
+    """Whether ``write_out`` can be used, is expected to be faster than plain products, and a block of it has its place."""
+    if g.device.type != "cpu" or g.dtype not in _LIBRARY or not fits(windows) or not _channels(x, g):
         return False
     (k, t, o), c = g.shape[1:], x.shape[-3]
-    tiles = t // prod(images.positions) * prod(-(-h // _SUMS) for h in images.positions)
+    tiles = t // prod(windows.positions) * prod(-(-h // _SUMS) for h in windows.positions)
     inputs = tiles * c * _PRODUCTS  # for one of the products of a tile
     each = o * (tiles * (_SUMS**2 + c) + TAPS * c + _move(near=True) * (tiles + c))  # and an output direction
     return 1.1 * (inputs + k * each) * _PRODUCTS < k * t * TAPS * o * c
@@ -183,7 +170,7 @@ def _channels(x: Tensor, g: Tensor) -> int:
     return min(o, max(16, cached) // 8 * 8, room // 8 * 8) if cached >= 8 else 0
 
 
-def write_out(x: Tensor, g: Tensor, images: Images, scratch: Scratch) -> Iterator[Tensor]:
+def write_out(x: Tensor, g: Tensor, windows: Windows, scratch: Scratch) -> Iterator[Tensor]:
     r"""Gradients of the weight in blocks of output channels, ``[n, k, 9, block * c]``, each written over the one before it.
 
     .. math:: J_{ik,aoc} = \sum_{l,\tau} g_{ikl\tau o} \, x_{ilc,\tau+a-p}
@@ -191,15 +178,15 @@ def write_out(x: Tensor, g: Tensor, images: Images, scratch: Scratch) -> Iterato
     Args:
         x: Inputs, ``[n, l, c, *space]``.
         g: Gradients with respect to the output, ``[n, k, l * positions, o]``.
-        images: Padding p, and positions tau.
+        windows: Padding p, and positions tau, of a convolution that ``fits``.
         scratch: Memory for the blocks.
     """
     n, k, _, o = g.shape
     step, c = _channels(x, g), x.shape[2]
     for i in range(0, o, step):
-        part = g[..., i : i + step].unflatten(2, (x.shape[1], *images.positions))
+        part = g[..., i : i + step].unflatten(2, (x.shape[1], *windows.positions))
         j = scratch(n, k, TAPS, part.shape[-1] * c)
-        _write(x.movedim(2, -1), part, j, images.before)
+        _write(x.movedim(2, -1), part, j, windows.before)
         yield j
 
 
