@@ -50,7 +50,7 @@ class Full(Accumulator):
         for i in range(self.n1):
             start = i if self.symmetric else 0
             c = products.between(v2[start:], v1[i : i + 1])[:, :, 0]  # U' U^T, [n2, t', t]
-            rows = left[i].view(k, o * t)
+            rows = left[i].reshape(k, o * t)
             for part, seen in zip(right[start:].split(step), c.split(step), strict=True):
                 h = torch.bmm(part, seen, out=self.scratch(*part.shape)).view(-1, o * t)  # G' C, [n2 k, o t]
                 self.total[i * k : (i + 1) * k, start * k : start * k + len(h)].addmm_(rows, h.T)
@@ -102,7 +102,7 @@ class Trace(Accumulator):
             c = products.between(v1[i : i + step], v2[start:])
             for total, g1, g2 in parts:
                 both = g1[i : i + step].flatten(0, 1) @ g2[start:].flatten(0, 1).T
-                total[i : i + step, start:] += both.view_as(c).mul_(c).sum(3).sum(1)
+                total[i : i + step, start:] += both.reshape(c.shape).mul_(c).sum(3).sum(1)
 
     def result(self) -> Tensor:
         if self.symmetric:
