@@ -70,9 +70,7 @@ SIZES = [{"size": (5, 4)}, {"size": (4, 3), "images": 2}, {"size": (9,), "kernel
 @pytest.mark.parametrize("kind", ACCUMULATORS)
 @pytest.mark.parametrize("n1", [None, 2])
 @pytest.mark.parametrize("cache", [1, 2**18])
-@pytest.mark.parametrize(
-    "sizes", [{"size": (5, 4)}, {"size": (4, 3), "images": 2}, {"size": (9,), "kernel": (5,), "dilation": 2}], ids=str
-)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_reduction_is_the_same_from_pixels(kind, n1, cache, sizes, monkeypatch, calls_of):
     if n1 is not None and kind in ("blocks", "norms"):
         n1 = 3  # pairs of example n and n
@@ -90,15 +88,18 @@ def test_every_reduction_is_the_same_from_pixels(kind, n1, cache, sizes, monkeyp
 
 
 @pytest.mark.parametrize("reason", ["dearer", "rank one", "unused positions"])
-def test_pixels_are_left_where_another_order_is_cheaper(reason, monkeypatch):
+@pytest.mark.parametrize("explicit", [True, False], ids=["tiles", "pixels"])
+def test_tiles_and_pixels_are_left_where_another_order_is_cheaper(reason, explicit, monkeypatch):
     factor = factor_of(6, 3, 4, 24, (8, 8), rank_one=reason == "rank one")
     if reason == "unused positions":
         factor.g[:, :, 8:] = 0
+    module, name = (winograd, "write_out") if explicit else (positions, "_along")
+    monkeypatch.setattr(module, name, lambda *_: pytest.fail("used"))
     monkeypatch.setattr(positions, "multiply_adds", lambda *_: 0.0)
-    monkeypatch.setattr(winograd, "gradients_worthwhile", lambda *_: False)
-    monkeypatch.setattr(positions, "_along", lambda *_: pytest.fail("from pixels"))
+    monkeypatch.setattr(winograd, "gradients_worthwhile", lambda *_: explicit)
     sums, plain = ACCUMULATORS[None](6, 3, None, factor.g), ACCUMULATORS[None](6, 3, None, factor.g)
-    monkeypatch.setattr(sums, "costs", lambda *_: (0.0, 1.0) if reason == "dearer" else (1.0, 0.0))
+    cheap = (0.0, 1.0) if explicit else (1.0, 0.0)
+    monkeypatch.setattr(sums, "costs", lambda *_: cheap[::-1] if reason == "dearer" else cheap)
     sums.add(factor)
     monkeypatch.setattr(plain, "_windowed", lambda *_: False)
     plain.add(factor)

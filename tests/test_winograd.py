@@ -175,21 +175,6 @@ def test_every_reduction_is_the_same_by_tiles(kind, n1, size, monkeypatch, calls
     torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("reason", ["dearer", "rank one", "unused positions"])
-def test_gradients_are_not_written_out_where_another_order_is_cheaper(reason, monkeypatch):
-    factor = factor_of(6, 3, 4, 24, (8, 8), rank_one=reason == "rank one")
-    if reason == "unused positions":
-        factor.g[:, :, 8:] = 0
-    monkeypatch.setattr(winograd, "gradients_worthwhile", lambda *_: True)
-    monkeypatch.setattr(winograd, "write_out", lambda *_: pytest.fail("written out by tiles"))
-    sums, plain = ACCUMULATORS[None](6, 3, None, factor.g), ACCUMULATORS[None](6, 3, None, factor.g)
-    monkeypatch.setattr(sums, "costs", lambda *_: (1.0, 0.0) if reason == "dearer" else (0.0, 1.0))
-    sums.add(factor)
-    monkeypatch.setattr(plain, "_windowed", lambda *_: False)
-    plain.add(factor)
-    torch.testing.assert_close(sums.result(), plain.result(), rtol=1e-11, atol=1e-11)
-
-
 def test_gradients_go_by_tiles_where_there_are_many_positions():
     many, few = factor_of(2, 10, 64, 64, (32, 32), dtype=torch.float32), factor_of(2, 10, 64, 64, (8, 8), dtype=torch.float32)
     narrow = factor_of(2, 10, 3, 64, (32, 32), dtype=torch.float32)

@@ -3,11 +3,12 @@
 With J[n,k,:,:] = sum_t G[n,k,t,:] U[n,t,:]^T (o x d numbers) the product of two gradients can be formed
 
 - *explicit*: J in blocks, then its Gram matrix;
-- *contracted*: C = U U'^T (t x t' numbers) first, then G' C, then its product with G: cheaper where t is small;
+- *contracted*: C = U U'^T (t x t' numbers, from pixels in ``positions``) first, then G' C, then its product with G: for small t;
 - *ghost*: (U U'^T) times (G G'^T), entry by entry, summed over t, t': always for t = 1, and where outputs are summed anyway;
 - *rank one*: where G[n,k,t,o] = W[k,o] M[n,t,o], as below a pooled linear head, one Gram matrix per channel serves all k.
 
-Multiply-adds are counted before choosing. Sums over pairs of examples are formed above the diagonal only, then mirrored.
+Multiply-adds are counted before choosing; ``reductions`` has the products themselves. Sums over pairs of
+examples are formed above the diagonal only, then mirrored.
 """
 
 from abc import ABC, abstractmethod
