@@ -145,11 +145,13 @@ def test_positions_with_stride_and_groups_have_no_windows(stride, groups):
 LAYERS = {
     "same": torch.nn.Conv2d(4, 3, 3, padding="same"),
     "even kernel": torch.nn.Conv2d(4, 3, (2, 4), padding=(1, 2), bias=False),
+    "same, even kernel": torch.nn.Conv2d(4, 3, (2, 4), padding="same"),  # one more behind than before
     "dilated": torch.nn.Conv2d(4, 3, 3, padding=3, dilation=2),
     "circular": torch.nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", LAYERS)
 def test_all_kernels_are_the_same_from_pixels(name, monkeypatch, calls_of):
     net, x = convolutional(LAYERS[name], (5, 6))
