@@ -10,7 +10,7 @@ def weights(o: int, i: int, kernel: tuple[int, ...] = (3, 3)) -> torch.Tensor:
     return torch.randn(o, i, *kernel, generator=stream(0, "convolution weights"), dtype=torch.float64)
 
 
-def operation(c: int, o: int, padding: int, kernel: tuple[int, ...] = (3, 3), dilation: int = 1) -> Convolution:
+def operation(c: int, o: int, padding: int | str, kernel: tuple[int, ...] = (3, 3), dilation: int = 1) -> Convolution:
     """A convolution whose weight and bias are wanted."""
     bias = torch.zeros(o, dtype=torch.float64)
     return convolution(weights(o, c, kernel), bias, ("layer.weight", "layer.bias"), 1, padding, dilation, 1)
@@ -22,7 +22,7 @@ def factor_of(
     c: int,
     o: int,
     size: tuple[int, ...],
-    padding: int = 1,
+    padding: int | str = 1,
     images: int = 1,
     *,
     kernel: tuple[int, ...] = (3, 3),
@@ -34,7 +34,8 @@ def factor_of(
     generator = stream(0, "convolution factor")
     op = operation(c, o, padding, kernel, dilation)
     op.saved = torch.randn(n, images, c, *size, generator=generator, dtype=torch.float64).to(dtype)
-    positions = [length + 2 * padding - dilation * (taps - 1) for length, taps in zip(size, kernel, strict=True)]
+    added = [sum(pair) for pair in op.padding]
+    positions = [length + more - dilation * (taps - 1) for length, more, taps in zip(size, added, kernel, strict=True)]
     shape = (1, n, images, o, *positions) if rank_one else (k, n, images, o, *positions)
     g = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     if rank_one:

@@ -64,7 +64,12 @@ def test_products_from_pixels_are_those_of_what_positions_see(axes, images):
     assert_kernel(Products().paired(u1, u2[:2]), both)
 
 
-SIZES = [{"size": (5, 4)}, {"size": (4, 3), "images": 2}, {"size": (9,), "kernel": (5,), "dilation": 2}]
+SIZES = [
+    {"size": (5, 4)},
+    {"size": (4, 3), "images": 2},
+    {"size": (9,), "kernel": (5,), "dilation": 2},
+    {"size": (5, 4), "kernel": (2, 4), "padding": "same"},  # one more behind than before
+]
 
 
 @pytest.mark.parametrize("kind", ACCUMULATORS)
@@ -145,7 +150,7 @@ def test_positions_with_stride_and_groups_have_no_windows(stride, groups):
 LAYERS = {
     "same": torch.nn.Conv2d(4, 3, 3, padding="same"),
     "even kernel": torch.nn.Conv2d(4, 3, (2, 4), padding=(1, 2), bias=False),
-    "same, even kernel": torch.nn.Conv2d(4, 3, (2, 4), padding="same"),  # one more behind than before
+    "same, even kernel": torch.nn.Conv2d(4, 3, (2, 4), padding="same"),
     "dilated": torch.nn.Conv2d(4, 3, 3, padding=3, dilation=2),
     "circular": torch.nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"),
 }

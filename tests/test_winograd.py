@@ -83,6 +83,15 @@ def test_kernels_are_the_same_whether_tiles_are_used_or_not(padding, monkeypatch
         assert bool(calls) == used
 
 
+@pytest.mark.parametrize("change", [{"kernel_size": 5}, {"dilation": 2}, {"stride": 2}, {"groups": 4}, {"padding": 3}], ids=str)
+def test_other_convolutions_do_not_go_by_tiles(change, monkeypatch):
+    layer = torch.nn.Conv2d(4, 4, **({"kernel_size": 3, "padding": 1} | change))
+    net, x = convolutional(layer, (7, 8))
+    monkeypatch.setattr(winograd, "worthwhile", lambda *_: True)
+    monkeypatch.setattr(winograd, "transposed", lambda *_: pytest.fail("by tiles"))
+    assert_kernel(empirical_ntk(net, x, method="structured"), ntk_by_definition(net, x, x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("channels", "side"), [(128, 16), (256, 8), (512, 4)])
 def test_tiles_are_used_in_the_wide_blocks_of_a_residual_net(channels, side, dtype):
@@ -178,7 +187,8 @@ def test_every_reduction_is_the_same_by_tiles(kind, n1, size, monkeypatch, calls
 def test_gradients_go_by_tiles_where_there_are_many_positions():
     many, few = factor_of(2, 10, 64, 64, (32, 32), dtype=torch.float32), factor_of(2, 10, 64, 64, (8, 8), dtype=torch.float32)
     narrow = factor_of(2, 10, 3, 64, (32, 32), dtype=torch.float32)
-    for factor, worthwhile in ((many, True), (few, False), (narrow, False)):
+    wider = factor_of(2, 10, 64, 64, (32, 32), 2, kernel=(5, 5), dtype=torch.float32)
+    for factor, worthwhile in ((many, True), (few, False), (narrow, False), (wider, False)):
         assert winograd.gradients_worthwhile(factor.source, factor.g[..., 0, :], factor.windows) == worthwhile
     assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].to("meta"), many.windows)
     assert not winograd.gradients_worthwhile(many.source, many.g[..., 0, :].bfloat16(), many.windows)
