@@ -104,7 +104,7 @@ WORKLOADS = (
     ),
     Workload(
         "W2", "ResNet-18, 32x32 inputs", "resnet18", 64, 16, 3,
-        {"func-einsum": 8, "func-gemm": 16, "func-vp": 2, "nngeometry": 2, "backpack": 4, "curvlinops": 2, "nt-structured": 16},
+        {"func-einsum": 16, "func-gemm": 16, "func-vp": 2, "nngeometry": 2, "backpack": 4, "curvlinops": 2, "nt-structured": 16},
     ),
     Workload(
         "W3", "CNN with 16, 32, 64 channels", "small_cnn", 16, 128, 16,
