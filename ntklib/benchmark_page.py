@@ -10,11 +10,13 @@ Row = dict[str, Any]
 HEAD = """# Benchmarks
 
 The kernels and traces of this package beside those of other packages, on the same machine, in the same run. Every method runs in a
-process of its own on one thread; rounds go through all methods in turn, and the median over rounds counts. *Ratio* is the time of a
-method over ours for the same number of examples: above 1, ours is faster. *Memory* is what the process grows by during the call.
-*Errors* are relative, in the Frobenius norm, against loops over plain automatic differentiation in float64. The *floor* is the time
-that the operations of the best order of plain sums and products would take at the measured speed of a large matrix product;
-convolutions that need fewer multiplications (Winograd's), in a library or in our passes, can beat it.
+process of its own on one thread; rounds go through all methods in turn, and the median over rounds counts. *Range* is the least and
+the most of how many rounds; a method that takes long has only one, and a slow or quick phase of the machine can change that by a
+fifth. *Ratio* is the time of a method over ours for the same number of examples: above 1, ours is faster. *Memory* is what the
+process grows by during the call. *Errors* are relative, in the Frobenius norm, against loops over plain automatic differentiation
+in float64. The *floor* is the time that the operations of the best order of plain sums and products would take at the measured
+speed of a large matrix product; convolutions that need fewer multiplications (Winograd's), in a library or in our passes, can beat
+it.
 
 Run it yourself: `make bench`, or `python -m benchmarks --help`.
 """
@@ -64,7 +66,8 @@ def _elsewhere(stored: Row) -> str:
     machines = dict.fromkeys(f"{w['machine']['cpu']} with {w['versions']['instruction set']}" for w in workloads)
     head = f"## On another processor: {', '.join(machines)}\n\nRatios and fractions depend on the processor.\n"
     decided = [t for t in stored["targets"] if t["met"] is not None]
-    return "\n".join([head, _target_table(decided), *("#" + _workload(w) for w in workloads)])
+    sections = [*(_workload(w) for w in workloads), _probes(stored["probes"])]
+    return "\n".join([head, _target_table(decided), *("#" + section for section in sections if section)])
 
 
 def _workload(w: Row) -> str:
@@ -73,11 +76,11 @@ def _workload(w: Row) -> str:
         f" Floor: {flops['total'] / 1e9:.3g} GF at {rate / 1e9:.0f} GF/s, {flops['total'] / rate:.2g} s." if flops and rate else ""
     )
     clock = "wall_seconds" if w["device"] == "cuda" else "cpu_seconds"
-    header = ("method", "n", "seconds", "ratio", "memory, MiB", "error float32", "error float64", "of the floor")
+    header = ("method", "n", "seconds", "range", "ratio", "memory, MiB", "error float32", "error float64", "of the floor")
     rows = [
         [
             r["label"] + (f"<br>*{r['status']}*" if r["status"] else ""),
-            str(r["n"]), _number(r[clock]), _number(r["ratio"]),
+            str(r["n"]), _number(r[clock]), _range(r, clock), _number(r["ratio"]),
             _number(r["peak_mib"], ".0f"), _number(r["error_float32"], ".1e"), _number(r["error_float64"], ".1e"),
             _number(r["floor_fraction"], ".0%"),
         ]
@@ -85,6 +88,12 @@ def _workload(w: Row) -> str:
     ]  # fmt: skip
     said = f"n = {w['n']}. Errors on {w['compared']} examples.{floor} {_origin(w)}"
     return f"## {w['name']}: {w['title']}\n\n{said}\n\n{_table(header, rows)}"
+
+
+def _range(r: Row, clock: str) -> str:
+    """Least and most seconds of the rounds that count, where these are kept, and how many they are."""
+    found = r.get(f"all_{clock}", [])
+    return f"{min(found):.3g}–{max(found):.3g} ({len(found)})" if len(found) > 1 else f"({r['repeats']})"
 
 
 def _origin(w: Row) -> str:

@@ -19,6 +19,10 @@ def test_every_method_of_every_workload_has_a_line_with_its_numbers(stored):
         for line, row in zip(lines, workload["methods"], strict=True):
             assert row["label"] in line
             assert (f"{row['cpu_seconds']:.3g}" if row["cpu_seconds"] is not None else "–") in line.replace("\u2011", "-")
+            assert f"({row['repeats']}) |" in line
+            if row["repeats"] > 1:
+                least, *_, most = sorted(row["all_cpu_seconds"])
+                assert f"| {least:.3g}–{most:.3g} (" in line
 
 
 def test_a_target_that_was_missed_is_called_so(stored):
@@ -42,6 +46,7 @@ def test_a_further_processor_has_a_section_with_what_was_measured_on_it(stored, 
     head, section = page.split("## On another processor: A machine with AVX512")
     assert "No CPU measurement is stored." in head
     assert "### W1: " in section
+    assert "### One draw of each trace estimator" in section
     assert "| two |" in section
     assert "**not&nbsp;met**" in section
     assert "| one |" not in section
