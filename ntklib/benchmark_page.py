@@ -11,7 +11,7 @@ HEAD = """# Benchmarks
 
 The kernels and traces of this package beside those of other packages, on the same machine, in the same run. Every method runs in a
 process of its own on one thread; rounds go through all methods in turn, and the median over rounds counts. *Range* is the least and
-the most of how many rounds; a method that takes long has only one, and a slow or quick phase of the machine can change that by a
+the most, and of how many rounds; a method that takes long has one, and a slow or quick phase of the machine can change that by a
 fifth. *Ratio* is the time of a method over ours for the same number of examples: above 1, ours is faster. *Memory* is what the
 process grows by during the call. *Errors* are relative, in the Frobenius norm, against loops over plain automatic differentiation
 in float64. The *floor* is the time that the operations of the best order of plain sums and products would take at the measured
@@ -45,6 +45,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _number(value: float | None, form: str = ".3g", unit: str = "") -> str:
+    form = ".0f" if value is not None and abs(value) >= 1000 and form == ".3g" else form
     return "–" if value is None else format(value, form).replace("e-", "e\u2011") + unit  # a hyphen that does not break
 
 
@@ -76,7 +77,7 @@ def _workload(w: Row) -> str:
         f" Floor: {flops['total'] / 1e9:.3g} GF at {rate / 1e9:.0f} GF/s, {flops['total'] / rate:.2g} s." if flops and rate else ""
     )
     clock = "wall_seconds" if w["device"] == "cuda" else "cpu_seconds"
-    header = ("method", "n", "seconds", "range", "ratio", "memory, MiB", "error float32", "error float64", "of the floor")
+    header = ("method", "n", "seconds", "range (rounds)", "ratio", "memory, MiB", "error float32", "error float64", "of the floor")
     rows = [
         [
             r["label"] + (f"<br>*{r['status']}*" if r["status"] else ""),
