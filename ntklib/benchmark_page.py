@@ -12,7 +12,7 @@ HEAD = """# Benchmarks
 The kernels and traces of this package beside those of other packages, on the same machine, in the same run. Every method runs in a
 process of its own on one thread; rounds go through all methods in turn, and the median over rounds counts. *Range* is the least and
 the most, and of how many rounds; a method that takes long has one, and a slow or quick phase of the machine can change that by a
-fifth. *Ratio* is the time of a method over ours for the same number of examples: above 1, ours is faster. *Memory* is what the
+third. *Ratio* is the time of a method over ours for the same number of examples: above 1, ours is faster. *Memory* is what the
 process grows by during the call. *Errors* are relative, in the Frobenius norm, against loops over plain automatic differentiation
 in float64. The *floor* is the time that the operations of the best order of plain sums and products would take at the measured
 speed of a large matrix product; convolutions that need fewer multiplications (Winograd's), in a library or in our passes, can beat
@@ -44,9 +44,12 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
 
 
-def _number(value: float | None, form: str = ".3g", unit: str = "") -> str:
-    form = ".0f" if value is not None and abs(value) >= 1000 and form == ".3g" else form
-    return "–" if value is None else format(value, form).replace("e-", "e\u2011") + unit  # a hyphen that does not break
+def _number(value: float | None, form: str = "", unit: str = "") -> str:
+    """In ``form``; unless given, three digits or all before the point. A dash for None."""
+    if value is None:
+        return "–"
+    form = form or (".0f" if abs(value) >= 1000 else ".3g")
+    return format(value, form).replace("e-", "e\u2011") + unit  # a hyphen that does not break
 
 
 def _targets(targets: Sequence[Row]) -> str:

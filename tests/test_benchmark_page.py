@@ -25,6 +25,18 @@ def test_every_method_of_every_workload_has_a_line_with_its_numbers(stored):
                 assert f"| {least:.3g}–{most:.3g} (" in line
 
 
+def test_a_range_is_shown_of_the_clock_that_counts(stored, tmp_path, monkeypatch):
+    (tmp_path / "book" / "reference").mkdir(parents=True)
+    workload = stored["workloads"][0]
+    row = workload["methods"][0] | {"repeats": 3, "all_cpu_seconds": [0.2, 0.1, 0.3], "wall_seconds": 0.15, "ratio": 1234.5}
+    workload["methods"] = [row]
+    monkeypatch.setattr(benchmark_page, "project_root", lambda: tmp_path)
+    for device, shown in (("cuda", "| 0.15 | (3) | 1234 |"), ("cpu", "| 0.1–0.3 (3) | 1234 |")):
+        kept = stored | {"workloads": [workload | {"device": device}], "probes": None}
+        storage.write_json(tmp_path / "book" / "reference" / "benchmarks.json", kept)
+        assert shown in benchmark_page.benchmarks_page()
+
+
 def test_a_target_that_was_missed_is_called_so(stored):
     page = benchmark_page.benchmarks_page()
     first = page.split("## On another processor")[0]
